@@ -1,0 +1,27 @@
+"""AdaSpa in JAX: training-free adaptive sparse attention for video diffusion transformers."""
+
+from adaspa_jax.attention import adaspa_attention
+from adaspa_jax.config import PRESETS, Budget, SparseConfig
+from adaspa_jax.layout import TokenLayout
+from adaspa_jax.sampling import History, Scheduler, denoise
+from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
+from adaspa_jax.search import Selection, head_tiers, select_blocks
+from adaspa_jax.state import SparseState
+
+__all__ = [
+    "PRESETS",
+    "Budget",
+    "History",
+    "Scheduler",
+    "Selection",
+    "SparseConfig",
+    "SparseState",
+    "StepKind",
+    "TokenLayout",
+    "adaspa_attention",
+    "default_search_steps",
+    "denoise",
+    "head_tiers",
+    "select_blocks",
+    "step_kinds",
+]

@@ -1,0 +1,116 @@
+"""SparseConfig: everything the result of AdaSpa depends on, validated once."""
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adaspa_jax.layout import TokenLayout, TokenOrder
+from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
+
+PRESETS = {
+    "quality": {"sparsity": 0.5},
+    "balanced": {"sparsity": 0.8},
+    "fast": {"sparsity": 0.9},
+}
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Key blocks a video row block keeps: `low`, `base` or `high`, by the tier of its head. low + high = 2 * base."""
+
+    low: int
+    base: int
+    high: int
+
+
+@dataclass(frozen=True)
+class SparseConfig:
+    """How AdaSpa samples. Raises ValueError at construction for values that cannot work."""
+
+    sparsity: float = 0.8
+    """Share of block pairs skipped, in [0, 1)."""
+    block_size: int = 64
+    """Tokens of a block, a power of two."""
+    steps: int = 50
+    """Denoising steps."""
+    search_steps: tuple[int, ...] | None = None
+    """Steps, from 1, that search for blocks; None: 20% and 60% of `steps`. Empty: always dense."""
+    token_order: TokenOrder = "cube"
+    """Order of video tokens before blocking; the paper's is "raster"."""
+    head_adaptive: bool = True
+    """Give heads with low recall more blocks, taken from heads with high recall."""
+    recall_threshold: float = 0.8
+    """A head counts as easy above this recall."""
+    row_wise: bool = True
+    """Every row block keeps the same number; False: one budget per head, spent where the mass is."""
+    lse_cache: bool = True
+    """Later searches reuse the LSE of the last one; False: recompute it, with a second pass."""
+    dense_layers: tuple[int, ...] = ()
+    """Layers that stay dense in every step."""
+    dense_last_steps: int = 0
+    """Steps at the end that are dense again."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.sparsity < 1:
+            raise ValueError(f"sparsity={self.sparsity} must be in [0, 1)")
+        if self.block_size < 1 or self.block_size & (self.block_size - 1):
+            raise ValueError(f"block_size={self.block_size} must be a power of two, such as 64 or 128")
+        if self.steps < 1:
+            raise ValueError(f"steps={self.steps} must be at least 1")
+        if self.search_steps is None:
+            object.__setattr__(self, "search_steps", default_search_steps(self.steps))
+        self._check_steps(self.search)
+        if self.token_order not in get_args(TokenOrder):
+            raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
+        if any(layer < 0 for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
+
+    def _check_steps(self, search: tuple[int, ...]) -> None:
+        if list(search) != sorted(set(search)):
+            raise ValueError(f"search_steps={search} must be increasing")
+        if search and not 1 <= search[0] <= search[-1] <= self.steps:
+            raise ValueError(f"search_steps={search} must be in 1 .. steps={self.steps}")
+        if not 0 <= self.dense_last_steps <= self.steps:
+            raise ValueError(f"dense_last_steps={self.dense_last_steps} must be in 0 .. steps={self.steps}")
+
+    @classmethod
+    def preset(cls, name: str, **changes: object) -> "SparseConfig":
+        """The preset `name` ("quality", "balanced", "fast") with `changes` on top."""
+        if name not in PRESETS:
+            raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
+        return dataclasses.replace(cls(), **(PRESETS[name] | changes))  # type: ignore[arg-type]
+
+    @property
+    def search(self) -> tuple[int, ...]:
+        """`search_steps` with the default filled in."""
+        assert self.search_steps is not None
+        return self.search_steps
+
+    def layout(self, grid: tuple[int, int, int], text: int = 0) -> TokenLayout:
+        """The token layout of a video of `grid` tokens (frames, rows, columns) and `text` text tokens."""
+        return TokenLayout.create(grid, text, self.block_size, self.token_order)
+
+    def budget(self, layout: TokenLayout) -> Budget:
+        """Key blocks kept per video row block (AdaSpa, selection, points 2 and 3)."""
+        total, least = layout.num_blocks, min(layout.text_blocks + 1, layout.num_blocks)
+        # Rounded first: 1 - 0.9 is slightly more than 0.1 in binary.
+        base = max(math.ceil(round((1 - self.sparsity) * total, 6)), least)
+        spread = round((1 - self.sparsity) * total / 2) if self.head_adaptive else 0
+        spread = min(spread, base - least, total - base)
+        return Budget(base - spread, base, base + spread)
+
+    def step_kinds(self) -> np.ndarray:
+        """int32 [steps]: the StepKind of every step."""
+        return step_kinds(self.steps, self.search, self.dense_last_steps)
+
+    def layer_kinds(self, step_kind: int | Array, num_layers: int) -> Array:
+        """int32 [num_layers]: the step kind of each layer; `dense_layers` are dense whatever the step."""
+        if any(layer >= num_layers for layer in self.dense_layers):
+            raise ValueError(f"dense_layers={self.dense_layers} must be below the model's {num_layers} layers")
+        dense = np.isin(np.arange(num_layers), self.dense_layers)
+        return jnp.where(dense, jnp.int32(StepKind.DENSE), jnp.asarray(step_kind, jnp.int32))

@@ -1,0 +1,164 @@
+"""TokenLayout: how video and text tokens are ordered and cut into blocks.
+
+Every model uses one internal order, [video | pad | text | pad], both parts padded to whole blocks. The video part is
+in raster order, as in the paper, or in 3D cubes of one block each: neighbours in space and time share a block, so the
+attention mass sits in fewer blocks. Attention does not care about order once RoPE is applied, so a model packs
+its tokens and RoPE tables once and unpacks its output.
+"""
+
+import itertools
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Literal, get_args
+
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+TokenOrder = Literal["raster", "cube"]
+
+
+def best_cube(grid: tuple[int, int, int], block: int) -> tuple[int, int, int]:
+    """The cube of `block` tokens, sides powers of two, with least padding of `grid`; the most compact among equals."""
+    sides = [2**i for i in range(block.bit_length())]
+    cubes = [c for c in itertools.product(sides, repeat=3) if math.prod(c) == block]
+    return min(cubes, key=lambda c: (math.prod(-(-n // s) for n, s in zip(grid, c, strict=True)), sum(c), c))
+
+
+@dataclass(frozen=True)
+class TokenLayout:
+    """Block partition of a sequence; static and hashable. Make it with `create`."""
+
+    grid: tuple[int, int, int]
+    """Video tokens by frame, row and column (after patching)."""
+    text: int
+    """Text tokens, 0 for none."""
+    block: int
+    """Tokens of a block, a power of two."""
+    cube: tuple[int, int, int] | None
+    """Sides of a block in frames, rows and columns; None for raster order."""
+
+    @classmethod
+    def create(
+        cls, grid: tuple[int, int, int], text: int = 0, block_size: int = 64, order: TokenOrder = "raster"
+    ) -> "TokenLayout":
+        """Checks its arguments (ValueError) and picks the cube shape for `order="cube"`."""
+        if len(grid) != 3 or min(grid) < 1:
+            raise ValueError(f"{grid=} must be three positive numbers of tokens: frames, rows, columns")
+        if text < 0:
+            raise ValueError(f"{text=} must not be negative")
+        if block_size < 1 or block_size & (block_size - 1):
+            raise ValueError(f"{block_size=} must be a power of two")
+        if order not in get_args(TokenOrder):
+            raise ValueError(f"{order=} must be one of {', '.join(get_args(TokenOrder))}")
+        cube = best_cube(grid, block_size) if order == "cube" else None
+        return cls((grid[0], grid[1], grid[2]), text, block_size, cube)
+
+    @property
+    def video_tokens(self) -> int:
+        """Video tokens without padding."""
+        return math.prod(self.grid)
+
+    @cached_property
+    def video_blocks(self) -> int:
+        """Blocks of the video part."""
+        if self.cube is None:
+            return -(-self.video_tokens // self.block)
+        return math.prod(-(-n // s) for n, s in zip(self.grid, self.cube, strict=True))
+
+    @property
+    def text_blocks(self) -> int:
+        """Blocks of the text part; they come last."""
+        return -(-self.text // self.block)
+
+    @property
+    def num_blocks(self) -> int:
+        """All blocks of the sequence."""
+        return self.video_blocks + self.text_blocks
+
+    @property
+    def video_length(self) -> int:
+        """Length of the video part with padding."""
+        return self.video_blocks * self.block
+
+    @property
+    def text_length(self) -> int:
+        """Length of the text part with padding."""
+        return self.text_blocks * self.block
+
+    @property
+    def length(self) -> int:
+        """Length of the whole internal sequence."""
+        return self.video_length + self.text_length
+
+    @cached_property
+    def video_valid(self) -> np.ndarray:
+        """int32 [video_blocks]: tokens of each video block; they come first in their block."""
+        return self._order[1]
+
+    @cached_property
+    def _order(self) -> tuple[np.ndarray, np.ndarray]:
+        """(raster token at each packed place [video_length], tokens per block); padding repeats the block's first."""
+        raster = np.arange(self.video_tokens, dtype=np.int32)
+        if self.cube is None:
+            blocks = np.pad(raster, (0, -len(raster) % self.block), constant_values=-1).reshape(-1, self.block)
+        else:
+            pads = [(0, -n % s) for n, s in zip(self.grid, self.cube, strict=True)]
+            cells = np.pad(raster.reshape(self.grid), pads, constant_values=-1)
+            (t, h, w), (a, b, c) = self.cube, cells.shape
+            cells = cells.reshape(a // t, t, b // h, h, c // w, w).transpose(0, 2, 4, 1, 3, 5)
+            blocks = cells.reshape(-1, self.block)
+        real = blocks >= 0
+        blocks = np.take_along_axis(blocks, np.argsort(~real, axis=1, kind="stable"), axis=1)
+        packed = np.where(blocks >= 0, blocks, blocks[:, :1])
+        return packed.reshape(-1).astype(np.int32), real.sum(1).astype(np.int32)
+
+    @cached_property
+    def _inverse(self) -> np.ndarray:
+        """int32 [video_tokens]: packed place of each raster token."""
+        source, valid = self._order
+        real = (np.arange(self.block) < valid[:, None]).reshape(-1)
+        inverse = np.empty(self.video_tokens, np.int32)
+        inverse[source[real]] = np.flatnonzero(real)
+        return inverse
+
+    @property
+    def _is_identity(self) -> bool:
+        return self.cube is None and self.video_length == self.video_tokens
+
+    def pack_video(self, x: Array) -> Array:
+        """[B, video_tokens, ...] in raster order to [B, video_length, ...]; padding repeats real tokens."""
+        self._check("pack_video", x, self.video_tokens)
+        return x if self._is_identity else jnp.take(x, self._order[0], axis=1)
+
+    def unpack_video(self, x: Array) -> Array:
+        """[B, video_length, ...] back to raster order, [B, video_tokens, ...]."""
+        self._check("unpack_video", x, self.video_length)
+        return x if self._is_identity else jnp.take(x, self._inverse, axis=1)
+
+    def pack_text(self, x: Array) -> Array:
+        """[B, text, ...] to [B, text_length, ...], padded with zeros."""
+        self._check("pack_text", x, self.text)
+        return jnp.pad(x, ((0, 0), (0, self.text_length - self.text)) + ((0, 0),) * (x.ndim - 2))
+
+    def unpack_text(self, x: Array) -> Array:
+        """[B, text_length, ...] to [B, text, ...]."""
+        self._check("unpack_text", x, self.text_length)
+        return x[:, : self.text]
+
+    def block_valid(self, text_valid: Array | None = None, batch: int = 1) -> Array:
+        """int32 [B, num_blocks]: valid tokens of each block.
+
+        `text_valid`, int32 [B], may be traced: the first so many text tokens are real; None: all `text` of them.
+        """
+        if text_valid is not None and text_valid.shape != (batch,):
+            raise ValueError(f"text_valid must be [B] = [{batch}]; got {list(text_valid.shape)}")
+        count = jnp.full(batch, self.text) if text_valid is None else jnp.clip(text_valid, 0, self.text)
+        starts = self.block * jnp.arange(self.text_blocks)
+        text = jnp.clip(count[:, None] - starts, 0, self.block).astype(jnp.int32)
+        return jnp.concatenate([jnp.broadcast_to(self.video_valid, (batch, self.video_blocks)), text], axis=1)
+
+    def _check(self, name: str, x: Array, length: int) -> None:
+        if x.ndim < 2 or x.shape[1] != length:
+            raise ValueError(f"{name} of {self} takes [B, {length}, ...]; got {list(x.shape)}")

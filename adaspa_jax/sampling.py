@@ -1,0 +1,97 @@
+"""The denoising scan: one jitted loop over steps that carries the latents and the sparse state."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from adaspa_jax.config import SparseConfig
+from adaspa_jax.state import SparseState
+
+PyTree = Any
+
+
+class Scheduler(Protocol):
+    """What the scan needs of a sampler; `row` is one step of its scalar tables."""
+
+    def init(self, latents: Array) -> PyTree:
+        """The scheduler's carry before the first step."""
+        ...
+
+    def latents(self, carry: PyTree) -> Array:
+        """The latents that the model sees next."""
+        ...
+
+    def step(self, carry: PyTree, prediction: Array, row: dict[str, Array]) -> PyTree:
+        """The carry after one step with the model's prediction."""
+        ...
+
+
+class History(NamedTuple):
+    """What was measured in each step; T steps, stacked over the layers of each state in the carry."""
+
+    recall: PyTree
+    """float32 [T, layers, B, H] for each SparseState: recall of the last search so far."""
+    drift: PyTree
+    """float32 [T, layers, B, H] for each SparseState: mean |log change of the normaliser| at that search."""
+
+
+Predict = Callable[[Array, dict[str, Array], PyTree, Array], tuple[Array, PyTree]]
+
+
+def _is_state(x: object) -> bool:
+    return isinstance(x, SparseState)
+
+
+def denoise(
+    predict: Predict,
+    scheduler: Scheduler,
+    tables: dict[str, Any],
+    latents: Array,
+    state: PyTree,
+    config: SparseConfig,
+    *,
+    progress: Callable[[Any], None] | None = None,
+) -> tuple[Array, PyTree, History]:
+    """Runs all `config.steps` denoising steps in one `lax.scan`. Call it inside `jax.jit`.
+
+    Args:
+      predict: (latents, row, state, step_kind) -> (prediction, state); step_kind is a traced int32 scalar for
+        `adaspa_attention`, row the step's entries of `tables`.
+      scheduler: how a prediction moves the latents.
+      tables: per-step scalars, each [T] with T = config.steps, such as timesteps and noise levels.
+      latents: the initial noise, any shape.
+      state: pytree with SparseState nodes, or of none for a dense run.
+      config: gives the kind of every step.
+      progress: called on the host with the number of the finished step, as an int32 array; the only host traffic.
+
+    Returns:
+      (latents, state, history).
+
+    Raises:
+      ValueError: a table whose length is not T.
+    """
+    for name, table in tables.items():
+        if len(table) != config.steps:
+            raise ValueError(f"tables[{name!r}] has {len(table)} entries for steps={config.steps}")
+    rows = {name: jnp.asarray(table) for name, table in tables.items()}
+    numbers = jnp.arange(1, config.steps + 1, dtype=jnp.int32)
+
+    def body(carry: tuple[PyTree, PyTree], step: tuple) -> tuple[tuple[PyTree, PyTree], History]:
+        solver, state = carry
+        number, kind, row = step
+        prediction, state = predict(scheduler.latents(solver), row, state, kind)
+        solver = scheduler.step(solver, prediction, row)
+        if progress is not None:
+            # Reads a value of the step, so that it is called when the step is done.
+            done = number + jnp.isnan(jax.tree.leaves(solver)[0].reshape(-1)[0]).astype(jnp.int32) * 0
+            jax.debug.callback(progress, done, ordered=False)
+        pick = lambda field: jax.tree.map(lambda s: getattr(s, field), state, is_leaf=_is_state)
+        return (solver, state), History(pick("recall"), pick("drift"))
+
+    kinds = jnp.asarray(config.step_kinds())
+    with jax.named_scope("denoise"):
+        (solver, state), history = lax.scan(body, (scheduler.init(latents), state), (numbers, kinds, rows))
+    return scheduler.latents(solver), state, history

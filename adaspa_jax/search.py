@@ -1,0 +1,78 @@
+"""Block mass -> which key blocks each row keeps: text sinks, row-wise top-k, head-adaptive tiers."""
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import Array, lax
+
+from adaspa_jax.config import Budget, SparseConfig
+from adaspa_jax.layout import TokenLayout
+from adaspa_jax.state import index_dtype
+
+
+class Selection(NamedTuple):
+    """The chosen blocks; shapes as in SparseState."""
+
+    indices: Array
+    counts: Array
+    recall: Array
+
+
+def head_tiers(recall: Array, budget: Budget, threshold: float) -> Array:
+    """int32 [..., H] blocks per row of each head from its recall [..., H].
+
+    As many heads go up a tier as go down, so the sum over heads is H * budget.base whatever the recalls.
+    Ties in recall go to the lower head.
+    """
+    heads = recall.shape[-1]
+    easy = jnp.minimum((recall > threshold).sum(-1, keepdims=True), heads // 2)
+    rank = jnp.argsort(jnp.argsort(-recall, axis=-1, stable=True), axis=-1)
+    tier = jnp.where(rank < easy, budget.low, jnp.where(rank >= heads - easy, budget.high, budget.base))
+    return tier.astype(jnp.int32)
+
+
+def _prefer_sinks(mass: Array, layout: TokenLayout) -> Array:
+    """Mass with the text key blocks, the last ones, above all others."""
+    is_text = jnp.arange(layout.num_blocks) >= layout.video_blocks
+    return jnp.where(is_text, jnp.inf, mass)
+
+
+def _captured(mass: Array, indices: Array, counts: Array) -> Array:
+    """[B, H] share of the mass that the first `counts` [B, H, nq] of `indices` hold."""
+    kept = jnp.arange(indices.shape[-1]) < counts[..., None]
+    held = jnp.where(kept, jnp.take_along_axis(mass, indices, axis=-1), 0.0).sum((-2, -1))
+    total = mass.sum((-2, -1))
+    return held / jnp.where(total > 0, total, 1.0)
+
+
+def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Selection:
+    """Chooses key blocks from mass, float32 [B, H, nq, nk] of the video rows (AdaSpa, selection).
+
+    Deterministic: ties go to the lower block, then to the lower head.
+    """
+    budget = config.budget(layout)
+    ranked = _prefer_sinks(mass, layout)
+    kmax = budget.high if config.row_wise else layout.num_blocks
+    _, indices = lax.top_k(ranked, kmax)
+    base = jnp.full(mass.shape[:3], budget.base, jnp.int32)
+    if not config.row_wise:
+        base = _spend_globally(ranked, base[..., 0])
+    recall = _captured(mass, indices, base)
+    counts = base
+    if config.head_adaptive:
+        tiers = head_tiers(recall, budget, config.recall_threshold)
+        counts = jnp.broadcast_to(tiers[..., None], base.shape) if config.row_wise else _spend_globally(ranked, tiers)
+    return Selection(indices.astype(index_dtype(layout)), counts, recall)
+
+
+def _spend_globally(ranked: Array, mean: Array) -> Array:
+    """int32 [B, H, nq]: blocks per row when a head spends nq * mean [B, H] where its mass is.
+
+    Every row keeps its sinks and its heaviest block.
+    """
+    *_, rows, cols = ranked.shape
+    top = jnp.arange(cols) == jnp.argmax(jnp.where(jnp.isinf(ranked), -1.0, ranked), axis=-1)[..., None]
+    flat = jnp.where(top, jnp.inf, ranked).reshape(*ranked.shape[:-2], rows * cols)
+    rank = jnp.argsort(jnp.argsort(-flat, axis=-1, stable=True), axis=-1)
+    chosen = rank < (rows * mean)[..., None]
+    return chosen.reshape(ranked.shape).sum(-1, dtype=jnp.int32)

@@ -1,0 +1,237 @@
+"""The three kernels: argument checks and dispatch by `implementation`.
+
+Arrays are [B, H, N, D]: batch, heads, tokens, head dim. Softmax statistics and sums are float32 whatever the input
+dtype, LSE is the natural logarithm. ValueError means the caller is wrong, NotImplementedError that the named
+implementation cannot serve the call; nothing falls back in silence.
+"""
+
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels import reference, xla
+from pallas_kernels.blocks import block_count
+
+Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
+_BACKENDS = {"reference": reference, "xla": xla}
+_DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+def resolve_implementation(implementation: Implementation | None = None) -> Implementation:
+    """The implementation a call runs: the named one, or for None the best for the default platform.
+
+    Raises ValueError for an unknown name and NotImplementedError for one that is not available.
+    """
+    if implementation is None:
+        return "xla"
+    if implementation not in get_args(Implementation):
+        raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(get_args(Implementation))}, or None")
+    if implementation not in _BACKENDS:
+        available = ", ".join(_BACKENDS)
+        raise NotImplementedError(f"{implementation=} is not part of this version; available: {available}")
+    return implementation
+
+
+def _check_qk(q: Array, k: Array, v: Array | None = None) -> None:
+    named = {"q": q, "k": k} | ({} if v is None else {"v": v})
+    shapes = ", ".join(f"{name} {x.dtype}{list(x.shape)}" for name, x in named.items())
+    if any(x.ndim != 4 for x in named.values()):
+        raise ValueError(f"q, k and v must be [B, H, N, D]; got {shapes}")
+    if q.dtype not in _DTYPES or any(x.dtype != q.dtype for x in named.values()):
+        raise ValueError(f"q, k and v must share one dtype of float32, bfloat16, float16; got {shapes}")
+    if q.shape[:2] != k.shape[:2] or q.shape[3] != k.shape[3] or (v is not None and v.shape != k.shape):
+        raise ValueError(f"q, k and v must agree in B, H and D, and k and v in N; got {shapes}")
+    if 0 in q.shape or 0 in k.shape:
+        raise ValueError(f"q, k and v must not be empty; got {shapes}")
+
+
+def _check_block(**blocks: int) -> None:
+    for name, block in blocks.items():
+        if block < 1 or block & (block - 1):
+            raise ValueError(f"{name}={block} must be a power of two")
+
+
+def _check_integers(name: str, x: Array, shape: tuple[int, ...], meaning: str) -> None:
+    if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
+        raise ValueError(f"{name} must be integers {meaning} = {list(shape)}; got {x.dtype}{list(x.shape)}")
+
+
+def _scale(q: Array, scale: float | None) -> float:
+    return q.shape[-1] ** -0.5 if scale is None else scale
+
+
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_valid: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Dense, non-causal attention in memory linear in N.
+
+    Args:
+      q: [B, H, Nq, D], float32, bfloat16 or float16.
+      k: [B, H, Nk, D], dtype of q.
+      v: [B, H, Nk, D], dtype of q.
+      block_valid: integers [B, nk], may be traced: of each of nk equal key blocks the first `block_valid` keys are
+        attended to. nk must divide Nk. None: all keys.
+      scale: factor on q·k; None: D**-0.5.
+      return_lse: also return the log-sum-exp of each row's scaled scores.
+      implementation: see `resolve_implementation`.
+      interpret: run a Pallas kernel in interpret mode; "xla" and "reference" need none and ignore it.
+
+    Returns:
+      out [B, H, Nq, D] in q's dtype, and with `return_lse` (out, lse), lse float32 [B, H, Nq].
+      A row with no valid key gives out 0 and lse -inf.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    name = resolve_implementation(implementation)
+    _check_qk(q, k, v)
+    block_k = k.shape[2]
+    if block_valid is not None:
+        if block_valid.ndim != 2 or block_valid.shape[1] == 0 or k.shape[2] % block_valid.shape[1]:
+            raise ValueError(
+                f"block_valid must be [B, nk] with nk dividing Nk={k.shape[2]}; got {list(block_valid.shape)}"
+            )
+        _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
+        block_k //= block_valid.shape[1]
+    with jax.named_scope("flash_attention"):
+        out, lse = _BACKENDS[name].flash_attention(
+            q, k, v, block_valid=block_valid, block_k=block_k, scale=_scale(q, scale)
+        )
+    return (out, lse) if return_lse else out
+
+
+def block_mass(
+    q: Array,
+    k: Array,
+    lse: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None = None,
+    query_valid: Array | None = None,
+    scale: float | None = None,
+    return_row_sum: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Attention mass of every block pair, in one pass over Q and K (AdaSpa, block-mass search).
+
+    mass[p, q] is the sum of exp(scale * q_i·k_j - lse_i) over the valid rows i of query block p and the valid keys j
+    of key block q. With the exact LSE a block row sums to its number of valid rows.
+
+    Args:
+      q: [B, H, Nq, D], float32, bfloat16 or float16.
+      k: [B, H, Nk, D], dtype of q.
+      lse: float32 [B, H, Nq], row normalisers, of this or of an earlier step; a row of -inf has no mass.
+      block_q: rows of a query block, a power of two; the last block may be partial.
+      block_k: keys of a key block, a power of two; the last block may be partial.
+      block_valid: integers [B, nk], may be traced: valid keys, the first ones of each block. None: all.
+      query_valid: integers [B, nq], may be traced: valid rows, the first ones of each block. None: all.
+      scale: factor on q·k; None: D**-0.5.
+      return_row_sum: also return r_i = sum_j exp(scale * q_i·k_j - lse_i): lse + log r is the exact LSE of this step.
+      implementation: see `resolve_implementation`.
+      interpret: as in `flash_attention`.
+
+    Returns:
+      mass float32 [B, H, nq, nk], and with `return_row_sum` (mass, row_sum), row_sum float32 [B, H, Nq].
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    name = resolve_implementation(implementation)
+    _check_qk(q, k)
+    _check_block(block_q=block_q, block_k=block_k)
+    if lse.shape != q.shape[:3] or lse.dtype != jnp.float32:
+        raise ValueError(f"lse must be float32 [B, H, Nq] = {list(q.shape[:3])}; got {lse.dtype}{list(lse.shape)}")
+    for label, valid, x, block in (("block_valid", block_valid, k, block_k), ("query_valid", query_valid, q, block_q)):
+        if valid is not None:
+            _check_integers(label, valid, (x.shape[0], block_count(x.shape[2], block)), "[B, blocks]")
+    with jax.named_scope("block_mass"):
+        mass, row_sum = _BACKENDS[name].block_mass(
+            q,
+            k,
+            lse,
+            block_q=block_q,
+            block_k=block_k,
+            block_valid=block_valid,
+            query_valid=query_valid,
+            scale=_scale(q, scale),
+        )
+    return (mass, row_sum) if return_row_sum else mass
+
+
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    indices: Array,
+    counts: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None = None,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Attention of each query block over its own list of key blocks; work proportional to `counts`.
+
+    Args:
+      q: [B, H, Nq, D], float32, bfloat16 or float16.
+      k: [B, H, Nk, D], dtype of q.
+      v: [B, H, Nk, D], dtype of q.
+      indices: integers [B, H, nq, kmax]: key blocks of each query block, the first `counts` in use, without
+        repetition. Entries past `counts` are ignored; used entries outside [0, nk) select nothing.
+      counts: integers [B, H, nq] in [0, kmax].
+      block_q: rows of a query block, a power of two; the last block may be partial.
+      block_k: keys of a key block, a power of two; the last block may be partial.
+      block_valid: integers [B, nk], may be traced: valid keys, the first ones of each block. None: all.
+      scale: factor on q·k; None: D**-0.5.
+      return_lse: also return the log-sum-exp over the selected keys.
+      implementation: see `resolve_implementation`.
+      interpret: as in `flash_attention`.
+
+    Returns:
+      out [B, H, Nq, D] in q's dtype, and with `return_lse` (out, lse), lse float32 [B, H, Nq].
+      A row with no valid key gives out 0 and lse -inf.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    name = resolve_implementation(implementation)
+    _check_qk(q, k, v)
+    _check_block(block_q=block_q, block_k=block_k)
+    rows = (*q.shape[:2], block_count(q.shape[2], block_q))
+    _check_integers("counts", counts, rows, "[B, H, nq]")
+    if indices.ndim != 4 or indices.shape[3] == 0:
+        raise ValueError(f"indices must be [B, H, nq, kmax] = {[*rows, 'kmax']}; got {list(indices.shape)}")
+    _check_integers("indices", indices, (*rows, indices.shape[3]), "[B, H, nq, kmax]")
+    if block_valid is not None:
+        _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
+    with jax.named_scope("block_sparse_attention"):
+        out, lse = _BACKENDS[name].block_sparse_attention(
+            q,
+            k,
+            v,
+            indices,
+            counts,
+            block_q=block_q,
+            block_k=block_k,
+            block_valid=block_valid,
+            scale=_scale(q, scale),
+        )
+    return (out, lse) if return_lse else out

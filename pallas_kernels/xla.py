@@ -1,0 +1,211 @@
+"""Portable implementation in jnp and lax: memory linear in N, work proportional to what is kept; the CPU default.
+
+Scores are held transposed, keys × rows: the CPU compiler vectorises reductions over the leading axis only.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+
+from pallas_kernels.blocks import block_count, valid_counts
+from pallas_kernels.tuning import XLA, XlaTuning
+
+# Masked scores, and the floor of the running maximum: exp(_MASKED - m) is 0 for every m >= _FLOOR.
+_MASKED, _FLOOR = -3e38, -1e30
+
+
+def _pad_tokens(x: Array, multiple: int) -> Array:
+    """Pads axis 2 of [B, H, N, ...] with zeros to a multiple."""
+    extra = -x.shape[2] % multiple
+    return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)) if extra else x
+
+
+def _map_streams(body: Callable[[Array], Any], count: int, streams: int) -> Any:
+    """`lax.map(body, arange(count))` as independent loops over contiguous parts, results joined on axis 0."""
+    edges = [count * i // streams for i in range(streams + 1)]
+    parts = [lax.map(body, jnp.arange(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *parts)
+
+
+def _contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
+    """float32 dot of two matrices over one axis each."""
+    dims = (((axes[0],), (axes[1],)), ((), ()))
+    return lax.dot_general(a.astype(jnp.float32), b.astype(jnp.float32), dims, preferred_element_type=jnp.float32)
+
+
+_Running = tuple[Array, Array, Array]  # max [R], sum [R], weighted values [D, R]
+
+
+def _softmax_start(rows: int, head_dim: int) -> _Running:
+    return jnp.full(rows, _FLOOR), jnp.zeros(rows), jnp.zeros((head_dim, rows))
+
+
+def _softmax_step(running: _Running, q: Array, k: Array, v: Array, bias: Array | None) -> _Running:
+    """One online-softmax step: rows q [R, D], already scaled, over keys k, v [K, D]; bias [K] masks keys."""
+    m, total, acc = running
+    s = _contract(k, q, (1, 1))  # [K, R]
+    if bias is not None:
+        s = s + bias[:, None]
+    m_new = jnp.maximum(m, s.max(0))
+    p = jnp.exp(s - m_new)
+    shrink = jnp.exp(m - m_new)
+    return m_new, total * shrink + p.sum(0), acc * shrink + _contract(v, p, (0, 0))
+
+
+def _softmax_end(running: _Running, dtype: Any) -> tuple[Array, Array]:
+    """(out [R, D], lse [R]); rows that saw no key give 0 and -inf."""
+    m, total, acc = running
+    safe = jnp.where(total > 0, total, 1.0)
+    return (acc / safe).T.astype(dtype), jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
+
+
+def _key_bias(block_valid: Array | None, batch: int, block: int, length: int, padded: int) -> Array | None:
+    """float32 [B, padded], 0 for valid keys and _MASKED for others; None if every key is valid."""
+    if block_valid is None and length == padded:
+        return None
+    counts = valid_counts(block_valid, batch, block, length)
+    valid = (jnp.arange(block) < counts[..., None]).reshape(batch, -1)
+    valid = jnp.pad(valid[:, :padded], ((0, 0), (0, max(0, padded - valid.shape[1]))))
+    return jnp.where(valid, 0.0, _MASKED)
+
+
+def _scaled(q: Array, scale: float) -> Array:
+    return q.astype(jnp.float32) * scale
+
+
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_valid: Array | None,
+    block_k: int,
+    scale: float,
+    tuning: XlaTuning = XLA,
+) -> tuple[Array, Array]:
+    """Dense attention, tile by tile; see `pallas_kernels.flash_attention`."""
+    batch, heads, rows, dim = q.shape
+    tile_q, tile_k = min(tuning.dense_q, rows), min(tuning.dense_k, k.shape[2])
+    bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(k.shape[2], tile_k) * tile_k)
+    q_tiles, k_tiles, v_tiles = (
+        _pad_tokens(x, tile).reshape(batch * heads, -1, tile, dim)
+        for x, tile in ((q, tile_q), (k, tile_k), (v, tile_k))
+    )
+    bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
+    nq, nk = q_tiles.shape[1], k_tiles.shape[1]
+
+    def query_tile(i: Array) -> tuple[Array, Array]:
+        head, tile = i // nq, i % nq
+        scaled = _scaled(q_tiles[head, tile], scale)
+
+        def key_tile(j: Array, running: _Running) -> _Running:
+            masked = None if bias_tiles is None else bias_tiles[head // heads, j]
+            return _softmax_step(running, scaled, k_tiles[head, j], v_tiles[head, j], masked)
+
+        return _softmax_end(lax.fori_loop(0, nk, key_tile, _softmax_start(tile_q, dim)), q.dtype)
+
+    out, lse = _map_streams(query_tile, batch * heads * nq, tuning.streams)
+    return (
+        out.reshape(batch, heads, -1, dim)[:, :, :rows],
+        lse.reshape(batch, heads, -1)[:, :, :rows],
+    )
+
+
+def block_mass(
+    q: Array,
+    k: Array,
+    lse: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None,
+    query_valid: Array | None,
+    scale: float,
+    tuning: XlaTuning = XLA,
+) -> tuple[Array, Array]:
+    """Attention mass of block pairs, tile by tile; see `pallas_kernels.block_mass`."""
+    batch, heads, rows, dim = q.shape
+    nq, nk = block_count(rows, block_q), block_count(k.shape[2], block_k)
+    group_q, group_k = (min(max(1, t // b), n) for t, b, n in ((tuning.dense_q, block_q, nq), (tuning.dense_k, block_k, nk)))
+    tile_q, tile_k = group_q * block_q, group_k * block_k
+    bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
+    q_tiles = _pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)
+    k_tiles = _pad_tokens(k, tile_k).reshape(batch * heads, -1, tile_k, dim)
+    # A row of LSE -inf has no valid key: exp(s - inf) = 0.
+    lse_tiles = _pad_tokens(jnp.where(jnp.isneginf(lse), jnp.inf, lse), tile_q).reshape(batch * heads, -1, tile_q)
+    bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
+    row_valid = jnp.arange(block_q) < valid_counts(query_valid, batch, block_q, rows)[..., None]  # [B, nq, block_q]
+    row_tiles = jnp.pad(row_valid, ((0, 0), (0, -nq % group_q), (0, 0))).reshape(batch, -1, group_q, block_q)
+    tiles_q, tiles_k = q_tiles.shape[1], k_tiles.shape[1]
+
+    def query_tile(i: Array) -> tuple[Array, Array]:
+        head, tile = i // tiles_q, i % tiles_q
+        scaled, row_lse = _scaled(q_tiles[head, tile], scale), lse_tiles[head, tile]
+
+        def key_tile(j: Array) -> Array:
+            s = _contract(k_tiles[head, j], scaled, (1, 1)) - row_lse
+            if bias_tiles is not None:
+                s = s + bias_tiles[head // heads, j][:, None]
+            return jnp.exp(s).reshape(group_k, block_k, tile_q).sum(1)
+
+        sums = lax.map(key_tile, jnp.arange(tiles_k)).reshape(tiles_k * group_k, group_q, block_q)[:nk]
+        mass = jnp.where(row_tiles[head // heads, tile], sums, 0.0).sum(-1).T
+        return mass, sums.sum(0).reshape(tile_q)  # [group_q, nk], [tile_q]
+
+    mass, row_sum = _map_streams(query_tile, batch * heads * tiles_q, tuning.streams)
+    return (
+        mass.reshape(batch, heads, -1, nk)[:, :, :nq],
+        row_sum.reshape(batch, heads, -1)[:, :, :rows],
+    )
+
+
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    indices: Array,
+    counts: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None,
+    scale: float,
+    tuning: XlaTuning = XLA,
+) -> tuple[Array, Array]:
+    """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
+    batch, heads, rows, dim = q.shape
+    nq, nk, kmax = block_count(rows, block_q), block_count(k.shape[2], block_k), indices.shape[3]
+    # Even groups: the longest row wastes less than one block per group.
+    group = block_count(kmax, block_count(kmax * block_k, max(tuning.sparse_keys, block_k)))
+    slots = block_count(kmax, group) * group
+    q_blocks = _pad_tokens(q, block_q).reshape(batch * heads * nq, block_q, dim)
+    k_blocks, v_blocks = (_pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
+    valid = valid_counts(block_valid, batch, block_k, k.shape[2])
+    rows_indices = jnp.pad(indices.astype(jnp.int32), ((0, 0),) * 3 + ((0, slots - kmax),)).reshape(-1, slots)
+    row_counts = jnp.clip(counts, 0, kmax).reshape(-1)
+
+    def query_block(i: Array) -> tuple[Array, Array]:
+        head, count = i // nq, row_counts[i]
+        scaled = _scaled(q_blocks[i], scale)
+
+        def key_group(g: Array, running: _Running) -> _Running:
+            block = lax.dynamic_slice_in_dim(rows_indices[i], g * group, group)
+            selects = (g * group + jnp.arange(group) < count) & (block >= 0) & (block < nk)
+            block = jnp.where(selects, block, 0)
+            keys = jnp.where(selects, valid[head // heads, block], 0)
+            bias = jnp.where(jnp.arange(block_k) < keys[:, None], 0.0, _MASKED).reshape(-1)
+            k_group, v_group = (x[head * nk + block].reshape(group * block_k, dim) for x in (k_blocks, v_blocks))
+            return _softmax_step(running, scaled, k_group, v_group, bias)
+
+        return _softmax_end(
+            lax.fori_loop(0, block_count(count, group), key_group, _softmax_start(block_q, dim)), q.dtype
+        )
+
+    out, lse = _map_streams(query_block, batch * heads * nq, tuning.streams)
+    return (
+        out.reshape(batch, heads, -1, dim)[:, :, :rows],
+        lse.reshape(batch, heads, -1)[:, :, :rows],
+    )
