@@ -3,6 +3,7 @@
 from adaspa_jax.attention import adaspa_attention
 from adaspa_jax.config import PRESETS, Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
+from adaspa_jax.report import Report, draw_blocks, summarize
 from adaspa_jax.sampling import History, Scheduler, denoise
 from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
 from adaspa_jax.search import Selection, head_tiers, select_blocks
@@ -12,6 +13,7 @@ __all__ = [
     "PRESETS",
     "Budget",
     "History",
+    "Report",
     "Scheduler",
     "Selection",
     "SparseConfig",
@@ -21,7 +23,9 @@ __all__ = [
     "adaspa_attention",
     "default_search_steps",
     "denoise",
+    "draw_blocks",
     "head_tiers",
     "select_blocks",
     "step_kinds",
+    "summarize",
 ]

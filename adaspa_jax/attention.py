@@ -65,6 +65,12 @@ class _Call(NamedTuple):
         text, text_lse = self.dense(self.q[:, :, video:])
         return jnp.concatenate([out, text], axis=2), text_lse
 
+    def search(self, mass: Array, lse: Array, drift: Array, state: SparseState) -> SparseState:
+        """The state after a search that measured `mass`."""
+        found = select_blocks(mass, self.layout, self.config)
+        kept_mass = mass if state.mass.size else state.mass
+        return SparseState(found.indices, found.counts, lse, found.recall, drift, kept_mass)
+
     def mean_over_rows(self, x: Array) -> Array:
         """[B, H] mean of x [B, H, video_length] over the valid video rows."""
         layout = self.layout
@@ -78,8 +84,7 @@ def _dense(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
 
 def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
-    found = select_blocks(call.mass(lse)[0], call.layout, call.config)
-    return out, SparseState(found.indices, found.counts, lse, found.recall, jnp.zeros_like(state.drift))
+    return out, call.search(call.mass(lse)[0], lse, jnp.zeros_like(state.drift), state)
 
 
 def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
@@ -93,9 +98,7 @@ def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]
         lse = call.dense(call.q[:, :, :video])[1]
         mass, _ = call.mass(lse)
         change = jnp.where(jnp.isfinite(lse), lse - state.lse[:, :, :video], 0.0)
-    found = select_blocks(mass, call.layout, call.config)
-    drift = call.mean_over_rows(jnp.abs(change))
-    searched = SparseState(found.indices, found.counts, state.lse, found.recall, drift)
+    searched = call.search(mass, state.lse, call.mean_over_rows(jnp.abs(change)), state)
     out, text_lse = call.sparse(searched)
     return out, searched._replace(lse=jnp.concatenate([lse, text_lse], axis=2))
 

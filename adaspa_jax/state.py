@@ -31,12 +31,23 @@ class SparseState(NamedTuple):
     """float32 [B, H]: share of the video rows' mass in the blocks kept by the last search, at the base budget."""
     drift: Array
     """float32 [B, H]: mean |change of the LSE| between the last two searches; 0 after the first."""
+    mass: Array
+    """float32 [B, H, nq, nk]: block mass of the last search, for pictures; [B, H, 0, 0] unless asked for."""
 
     @classmethod
     def create(
-        cls, layout: TokenLayout, config: SparseConfig, batch: int, heads: int, layers: int | None = None
+        cls,
+        layout: TokenLayout,
+        config: SparseConfig,
+        batch: int,
+        heads: int,
+        layers: int | None = None,
+        keep_mass: bool = False,
     ) -> "SparseState":
-        """The empty state, of one layer, or stacked over `layers`. Shapes depend on the arguments alone."""
+        """The empty state, of one layer, or stacked over `layers`. Shapes depend on the arguments alone.
+
+        `keep_mass` also stores the block mass: small for a demo, gigabytes for a long video.
+        """
         lead = (batch, heads) if layers is None else (layers, batch, heads)
         kmax = config.budget(layout).high if config.row_wise else layout.num_blocks
         return cls(
@@ -45,11 +56,15 @@ class SparseState(NamedTuple):
             lse=jnp.zeros((*lead, layout.length), jnp.float32),
             recall=jnp.zeros(lead, jnp.float32),
             drift=jnp.zeros(lead, jnp.float32),
+            mass=jnp.zeros(
+                (*lead, layout.video_blocks, layout.num_blocks) if keep_mass else (*lead, 0, 0), jnp.float32
+            ),
         )
 
     def check(self, layout: TokenLayout, config: SparseConfig, batch: int, heads: int) -> None:
         """Raises ValueError if this is not the state of one layer of that layout and configuration."""
-        expected = jax.eval_shape(lambda: SparseState.create(layout, config, batch, heads))
+        keep_mass = self.mass.size > 0
+        expected = jax.eval_shape(lambda: SparseState.create(layout, config, batch, heads, keep_mass=keep_mass))
         for name, x, want in zip(self._fields, self, expected, strict=True):
             if x.shape != want.shape or x.dtype != want.dtype:
                 raise ValueError(

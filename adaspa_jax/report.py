@@ -1,0 +1,94 @@
+"""What a run really did: realised density, recall, staleness of the LSE cache; pictures of block masks."""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+
+from adaspa_jax.config import SparseConfig
+from adaspa_jax.layout import TokenLayout
+from adaspa_jax.sampling import History
+from adaspa_jax.schedule import StepKind
+from adaspa_jax.state import SparseState
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+
+def _layers(tree: Any, axis: int = 0) -> np.ndarray:
+    """Joins per-stack arrays along their layer axis."""
+    return np.concatenate([np.asarray(x) for x in jax.tree.leaves(tree)], axis=axis)
+
+
+@dataclass(frozen=True)
+class Report:
+    """Figures of one run, over its sparse layers; NL layers."""
+
+    density: float
+    """Share of the block pairs of video rows that a sparse step computes; exact."""
+    density_by_layer: list[float]
+    """[NL] the same by layer."""
+    recall: float
+    """Share of the attention mass in the kept blocks at the base budget, mean over searches, layers, samples, heads."""
+    recall_by_search: dict[int, list[list[float]]]
+    """Search step -> [NL][H], mean over the batch."""
+    drift_by_search: dict[int, list[list[float]]]
+    """Search step -> [NL][H] mean |change of the LSE| since the last search: staleness of the cache, 0 at the first."""
+    step_kinds: dict[str, list[int]]
+    """Name of each step kind -> its steps."""
+
+
+def summarize(state: Any, history: History, layout: TokenLayout, config: SparseConfig) -> Report:
+    """Collects a Report from what `denoise` returned; `state` is its pytree of layer-stacked SparseStates."""
+    counts = _layers(jax.tree.map(lambda s: s.counts, state, is_leaf=lambda x: isinstance(x, SparseState)))
+    sparse = np.setdiff1d(np.arange(len(counts)), config.dense_layers)
+    density = counts.mean((1, 2, 3)) / layout.num_blocks
+    density[list(config.dense_layers)] = 1.0
+    recall, drift = _layers(history.recall, axis=1), _layers(history.drift, axis=1)
+    kinds = config.step_kinds()
+    searches = [i for i, kind in enumerate(kinds) if kind in (StepKind.FUSED_SEARCH, StepKind.CACHED_SEARCH)]
+    by_search = lambda x: {i + 1: x[i].mean(1).round(6).tolist() for i in searches}
+    return Report(
+        density=float(density[sparse].mean()),
+        density_by_layer=density.tolist(),
+        recall=float(recall[searches][:, sparse].mean()),
+        recall_by_search=by_search(recall),
+        drift_by_search=by_search(drift),
+        step_kinds={kind.name.lower(): (np.flatnonzero(kinds == kind) + 1).tolist() for kind in StepKind},
+    )
+
+
+def draw_blocks(state: Any, layout: TokenLayout, sample: int = 0, heads: int = 6) -> "Figure":
+    """Draws the block mass of some heads of a run, and under each the blocks it kept.
+
+    Takes heads spread over all layers of `state`, which must hold the mass (`SparseState.create(keep_mass=True)`);
+    raises ValueError otherwise. Returns a matplotlib figure.
+    """
+    from matplotlib.colors import ListedColormap, LogNorm
+    from matplotlib.figure import Figure
+
+    stacks = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
+    if any(s.mass.size == 0 for s in stacks):
+        raise ValueError("this state holds no block mass; create it with keep_mass=True")
+    joined = SparseState(*(np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*stacks, strict=True)))
+    layers, _, per_layer = joined.counts.shape[:3]
+    chosen = np.linspace(0, layers * per_layer - 1, min(heads, layers * per_layer)).round().astype(int)
+    figure = Figure(figsize=(2.4 * len(chosen), 5.6), layout="constrained")
+    for column, (layer, head) in enumerate(zip(*divmod(chosen, per_layer), strict=True)):
+        mass, counts = joined.mass[layer, sample, head], joined.counts[layer, sample, head]
+        kept = np.zeros(mass.shape, bool)
+        for row, (index, count) in enumerate(zip(joined.indices[layer, sample, head], counts, strict=True)):
+            kept[row, index[:count]] = True
+        top, bottom = (figure.add_subplot(2, len(chosen), column + 1 + i * len(chosen)) for i in (0, 1))
+        top.imshow(np.maximum(mass, 1e-4), norm=LogNorm(1e-2, layout.block), cmap="magma", interpolation="nearest")
+        bottom.imshow(kept, cmap=ListedColormap(["#f2f2f2", "#1f4e79"]), interpolation="nearest")
+        recall = mass[kept].sum() / mass.sum()
+        top.set_title(f"layer {layer}, head {head}\nblock mass", fontsize=9)
+        bottom.set_title(f"kept {kept.mean():.0%}, recall {recall:.0%}", fontsize=9)
+        for axes in (top, bottom):
+            axes.set_xticks([])
+            axes.set_yticks([])
+    figure.supxlabel("key blocks (text last)", fontsize=9)
+    figure.supylabel("query blocks", fontsize=9)
+    return figure
