@@ -1,0 +1,1 @@
+"""One command a question; each prints a table and can write JSON."""

@@ -1,0 +1,16 @@
+"""Flax ports of video diffusion transformers, their schedulers and pipelines."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from models.hunyuan_video import HunyuanVideoTransformer
+
+__all__ = ["from_pretrained"]
+
+
+def from_pretrained(path: str | Path, dtype: Any = None) -> "HunyuanVideoTransformer":
+    """Loads a transformer; see `models.loading.from_pretrained`. Imported late: the demo's training needs no flax."""
+    from models import loading
+
+    return loading.from_pretrained(path, dtype)

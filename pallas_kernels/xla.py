@@ -3,6 +3,7 @@
 Scores are held transposed, keys × rows: the CPU compiler vectorises reductions over the leading axis only.
 """
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -26,7 +27,7 @@ def _pad_tokens(x: Array, multiple: int) -> Array:
 def _map_streams(body: Callable[[Array], Any], count: int, streams: int) -> Any:
     """`lax.map(body, arange(count))` as independent loops over contiguous parts, results joined on axis 0."""
     edges = [count * i // streams for i in range(streams + 1)]
-    parts = [lax.map(body, jnp.arange(a, b)) for a, b in zip(edges[:-1], edges[1:], strict=True) if b > a]
+    parts = [lax.map(body, jnp.arange(a, b)) for a, b in itertools.pairwise(edges) if b > a]
     return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *parts)
 
 
@@ -129,7 +130,9 @@ def block_mass(
     """Attention mass of block pairs, tile by tile; see `pallas_kernels.block_mass`."""
     batch, heads, rows, dim = q.shape
     nq, nk = block_count(rows, block_q), block_count(k.shape[2], block_k)
-    group_q, group_k = (min(max(1, t // b), n) for t, b, n in ((tuning.dense_q, block_q, nq), (tuning.dense_k, block_k, nk)))
+    group_q, group_k = (
+        min(max(1, t // b), n) for t, b, n in ((tuning.dense_q, block_q, nq), (tuning.dense_k, block_k, nk))
+    )
     tile_q, tile_k = group_q * block_q, group_k * block_k
     bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
     q_tiles = _pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)

@@ -36,9 +36,7 @@ def render(count: int, frames: int, generator: torch.Generator, device: str) -> 
     def uniform(low: float | Tensor, high: float | Tensor) -> Tensor:
         return low + (high - low) * torch.rand(count, generator=generator)
 
-    color, shape, way = (
-        torch.randint(len(n), (count,), generator=generator) for n in (COLORS, SHAPES, DIRECTIONS)
-    )
+    color, shape, way = (torch.randint(len(n), (count,), generator=generator) for n in (COLORS, SHAPES, DIRECTIONS))
     prompts = [f"{COLORS[c]} {SHAPES[s]} moving {DIRECTIONS[w]}" for c, s, w in zip(color, shape, way, strict=True)]
     radius, travel = uniform(5.0, 6.5), uniform(10.0, 15.0)
     margin = radius + 0.5

@@ -6,6 +6,7 @@ Flow matching on procedural clips: first on short windows of a clip, where a ste
 Every step draws from a generator seeded by its number, so a resumed run continues the same sequence.
 """
 
+import itertools
 import json
 import math
 import os
@@ -163,7 +164,7 @@ class Trainer:
         x = torch.randn(len(SHEET_PROMPTS), 3, FRAMES, SIZE, SIZE, generator=generator).to(self.device)
         u = np.linspace(1, 0, steps + 1)
         sigmas = SCHEDULER["shift"] * u / (1 + (SCHEDULER["shift"] - 1) * u)
-        for a, b in zip(sigmas[:-1], sigmas[1:], strict=True):
+        for a, b in itertools.pairwise(sigmas):
             velocity = self.predict(x, torch.full((len(x),), a, device=self.device, dtype=x.dtype), SHEET_PROMPTS)
             x = x + (b - a) * velocity
         self.model = kept

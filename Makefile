@@ -1,0 +1,31 @@
+# `make demo` and `make test` need only python3 (3.11 or later): each makes .venv and installs what it uses.
+PYTHON ?= python3
+BIN = .venv/bin
+PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
+
+.PHONY: demo test lint clean
+
+.venv/demo: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[demo]'
+	touch $@
+
+.venv/test: pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install -q -e '.[test]'
+	touch $@ .venv/demo
+
+demo: .venv/demo
+	$(BIN)/python -m convert models/demo/checkpoint out/demo-checkpoint --overwrite
+	$(BIN)/python -m models.sample --checkpoint out/demo-checkpoint $(PROMPTS) --compare --sparsity 0.8 --out out/demo
+
+lint: .venv/test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv out

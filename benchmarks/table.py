@@ -1,0 +1,29 @@
+"""Rows of figures to a terminal and to JSON."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+
+def show(title: str, rows: list[dict[str, Any]]) -> None:
+    """Prints rows, all with the same keys, as a table; floats with four significant digits."""
+    table = Table(title=title, title_justify="left")
+    for key in rows[0]:
+        table.add_column(key, justify="right")
+    for row in rows:
+        table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
+    Console(width=160).print(table)
+
+
+def write_json(path: Path | None, rows: list[dict[str, Any]]) -> None:
+    """Writes rows to `path`, whole or not at all; None writes nothing."""
+    if path is None:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    os.replace(temporary, path)

@@ -1,0 +1,133 @@
+"""Total mapping of a PyTorch checkpoint's keys to NNX parameters: every key used once, every shape checked."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from models.safetensors_folder import CheckpointError, Tensor, is_finite
+
+Kind = Literal["linear", "conv", "norm"]
+Path = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Modules whose key matches `source` (a regex; its group "layer" numbers a stack) fill the NNX module `target`."""
+
+    source: str
+    target: str
+    kind: Kind
+
+
+@dataclass(frozen=True)
+class Leaf:
+    """One NNX parameter and the tensors that fill it: one, or one a layer."""
+
+    path: Path
+    shape: tuple[int, ...]
+    stacked: bool
+    keys: tuple[str, ...]
+    kind: Kind
+
+    def _part(self, tensor: Tensor, key: str) -> np.ndarray:
+        value = tensor.read()
+        if not is_finite(value):
+            raise CheckpointError(f"{tensor.file}: tensor {key!r} has NaN or infinite values; the weights are broken")
+        return to_nnx(value, self.kind, self.path[-1])
+
+    def read(self, tensors: Mapping[str, Tensor], dtype: np.dtype | None = None) -> np.ndarray:
+        """The parameter's value, in `dtype` or the checkpoint's; raises CheckpointError for non-finite weights."""
+        out = np.empty(self.shape, dtype or tensors[self.keys[0]].dtype)
+        for i, key in enumerate(self.keys):
+            out[i if self.stacked else ...] = self._part(tensors[key], key)
+        return out
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return math.prod(self.shape)
+
+
+def to_nnx(value: np.ndarray, kind: Kind, name: str) -> np.ndarray:
+    """A PyTorch weight in NNX layout: kernels are [in, out], a Conv3d over patches is one of them."""
+    if name != "kernel":
+        return value
+    return value.reshape(value.shape[0], -1).T if kind == "conv" else value.T
+
+
+def _name(kind: Kind, parameter: str) -> str:
+    if parameter == "bias":
+        return "bias"
+    return "scale" if kind == "norm" else "kernel"
+
+
+def map_keys(keys: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[Path, dict[int, tuple[str, Kind]]], list[str]]:
+    """(NNX path -> layer -> (key, kind), keys no rule matches); layer -1 outside stacks."""
+    compiled = [(re.compile(rule.source + r"\.(?P<parameter>weight|bias)"), rule) for rule in rules]
+    mapped: dict[Path, dict[int, tuple[str, Kind]]] = {}
+    unexpected = []
+    for key in keys:
+        hits = [(match, rule) for regex, rule in compiled if (match := regex.fullmatch(key))]
+        if not hits:
+            unexpected.append(key)
+            continue
+        if len(hits) > 1:
+            raise AssertionError(f"{key!r} matches {len(hits)} rules")
+        match, rule = hits[0]
+        groups = match.groupdict()
+        layer = int(groups["layer"]) if "layer" in groups else -1
+        target = rule.target.format(*match.groups()) if "{" in rule.target else rule.target
+        path = (*target.split("."), _name(rule.kind, groups["parameter"]))
+        mapped.setdefault(path, {})[layer] = (key, rule.kind)
+    return mapped, unexpected
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(map(repr, sorted(names)[:3]))
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown
+
+
+def _torch_shape(expected: tuple[int, ...], kind: Kind, name: str, found: tuple[int, ...]) -> bool:
+    """Whether a tensor of shape `found` fills one layer of shape `expected`."""
+    if name != "kernel":
+        return found == expected
+    flat = (found[0], math.prod(found[1:])) if kind == "conv" and len(found) == 5 else found
+    return flat == expected[::-1]
+
+
+def plan(
+    tensors: Mapping[str, Any], rules: Iterable[Rule], expected: Mapping[Path, tuple[int, ...]], stacks: set[str]
+) -> list[Leaf]:
+    """Assigns every tensor (anything with `.shape`) to a parameter of the shapes `expected`.
+
+    `stacks` names the modules with a leading layer axis. Raises CheckpointError with the missing, unexpected or
+    misshapen keys before anything is read.
+    """
+    mapped, unexpected = map_keys(tensors, rules)
+    unexpected += [key for path in set(mapped) - set(expected) for key, _ in mapped[path].values()]
+    missing, misshapen, leaves = [], [], []
+    for path, shape in expected.items():
+        stacked = bool(stacks & set(path))
+        one = shape[1:] if stacked else shape
+        wanted = range(shape[0]) if stacked else (-1,)
+        have = mapped.get(path, {})
+        missing += [f"{'.'.join(path)}" + (f" of layer {i}" if stacked else "") for i in wanted if i not in have]
+        unexpected += [key for i, (key, _) in have.items() if i not in wanted]
+        for i in wanted:
+            if i in have and not _torch_shape(one, have[i][1], path[-1], tuple(tensors[have[i][0]].shape)):
+                found = list(tensors[have[i][0]].shape)
+                misshapen.append(f"{have[i][0]} {found} for {'.'.join(path)} {list(one)}")
+        if all(i in have for i in wanted):
+            keys = tuple(have[i][0] for i in wanted)
+            leaves.append(Leaf(path, shape, stacked, keys, have[wanted[0]][1]))
+    for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
+        if names:
+            raise CheckpointError(
+                f"the weights do not fit config.json: {len(names)} {title} keys: {_some(names)}; "
+                "check that config.json and the weights belong together"
+            )
+    return leaves
