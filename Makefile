@@ -17,7 +17,7 @@ PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
 
 demo: .venv/demo
 	$(BIN)/python -m convert models/demo/checkpoint out/demo-checkpoint --overwrite
-	$(BIN)/python -m models.sample --checkpoint out/demo-checkpoint $(PROMPTS) --compare --sparsity 0.8 --out out/demo
+	$(BIN)/python -m models.sample --checkpoint out/demo-checkpoint $(PROMPTS) --compare --steps 40 --sparsity 0.8 --out out/demo
 
 lint: .venv/test
 	$(BIN)/ruff check

@@ -1,0 +1,1 @@
+"""PyTorch checkpoint -> orbax; run as `python -m convert SRC DST`."""

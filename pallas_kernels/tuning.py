@@ -11,8 +11,10 @@ class XlaTuning:
     """Rows of a dense or block-mass tile."""
     dense_k: int = 1024
     """Keys of a dense or block-mass tile."""
-    sparse_keys: int = 4096
-    """Most keys gathered for one softmax step of a query block."""
+    group_keys: int = 1664
+    """Most keys that a query block gathers for one softmax step."""
+    step_keys: int = 4096
+    """Keys that the query blocks of one step gather together."""
     streams: int = 2
     """Independent loops the work is split into; the CPU runtime runs them on different cores."""
 

@@ -24,6 +24,11 @@ def _pad_tokens(x: Array, multiple: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)) if extra else x
 
 
+def _even_tile(length: int, target: int) -> int:
+    """A tile of about `target` that cuts `length` into equal parts with little padding."""
+    return block_count(length, max(1, round(length / target)))
+
+
 def _map_streams(body: Callable[[Array], Any], count: int, streams: int) -> Any:
     """`lax.map(body, arange(count))` as independent loops over contiguous parts, results joined on axis 0."""
     edges = [count * i // streams for i in range(streams + 1)]
@@ -89,7 +94,7 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     """Dense attention, tile by tile; see `pallas_kernels.flash_attention`."""
     batch, heads, rows, dim = q.shape
-    tile_q, tile_k = min(tuning.dense_q, rows), min(tuning.dense_k, k.shape[2])
+    tile_q, tile_k = _even_tile(rows, tuning.dense_q), _even_tile(k.shape[2], tuning.dense_k)
     bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(k.shape[2], tile_k) * tile_k)
     q_tiles, k_tiles, v_tiles = (
         _pad_tokens(x, tile).reshape(batch * heads, -1, tile, dim)
@@ -130,9 +135,8 @@ def block_mass(
     """Attention mass of block pairs, tile by tile; see `pallas_kernels.block_mass`."""
     batch, heads, rows, dim = q.shape
     nq, nk = block_count(rows, block_q), block_count(k.shape[2], block_k)
-    group_q, group_k = (
-        min(max(1, t // b), n) for t, b, n in ((tuning.dense_q, block_q, nq), (tuning.dense_k, block_k, nk))
-    )
+    group_q = _even_tile(nq, max(1, tuning.dense_q // block_q))
+    group_k = _even_tile(nk, max(1, tuning.dense_k // block_k))
     tile_q, tile_k = group_q * block_q, group_k * block_k
     bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
     q_tiles = _pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)
@@ -181,34 +185,50 @@ def block_sparse_attention(
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
     batch, heads, rows, dim = q.shape
     nq, nk, kmax = block_count(rows, block_q), block_count(k.shape[2], block_k), indices.shape[3]
-    # Even groups: the longest row wastes less than one block per group.
-    group = block_count(kmax, block_count(kmax * block_k, max(tuning.sparse_keys, block_k)))
-    slots = block_count(kmax, group) * group
-    q_blocks = _pad_tokens(q, block_q).reshape(batch * heads * nq, block_q, dim)
+    # At least three even groups: rows of the lower head tiers stop early.
+    group = block_count(kmax, max(3, block_count(kmax * block_k, tuning.group_keys)))
+    together = min(nq, max(1, tuning.step_keys // (group * block_k)))
+    extra = -nq % together
+    q_blocks = _pad_tokens(_pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
     k_blocks, v_blocks = (_pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
-    valid = valid_counts(block_valid, batch, block_k, k.shape[2])
-    rows_indices = jnp.pad(indices.astype(jnp.int32), ((0, 0),) * 3 + ((0, slots - kmax),)).reshape(-1, slots)
-    row_counts = jnp.clip(counts, 0, kmax).reshape(-1)
+    blocks, keys = _gather_plan(indices, counts, valid_counts(block_valid, batch, block_k, k.shape[2]), group)
+    blocks, keys, row_counts = (
+        jnp.pad(x.reshape(batch * heads, nq, -1), ((0, 0), (0, extra), (0, 0))).reshape(len(q_blocks), together, -1)
+        for x in (blocks, keys, jnp.clip(counts, 0, kmax))
+    )
 
-    def query_block(i: Array) -> tuple[Array, Array]:
-        head, count = i // nq, row_counts[i]
+    def query_blocks(i: Array) -> tuple[Array, Array]:
         scaled = _scaled(q_blocks[i], scale)
 
         def key_group(g: Array, running: _Running) -> _Running:
-            block = lax.dynamic_slice_in_dim(rows_indices[i], g * group, group)
-            selects = (g * group + jnp.arange(group) < count) & (block >= 0) & (block < nk)
-            block = jnp.where(selects, block, 0)
-            keys = jnp.where(selects, valid[head // heads, block], 0)
-            bias = jnp.where(jnp.arange(block_k) < keys[:, None], 0.0, _MASKED).reshape(-1)
-            k_group, v_group = (x[head * nk + block].reshape(group * block_k, dim) for x in (k_blocks, v_blocks))
-            return _softmax_step(running, scaled, k_group, v_group, bias)
+            block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, keys))
+            masked = jnp.arange(block_k) >= valid[..., None]
+            bias = jnp.where(masked, _MASKED, 0.0).reshape(together, -1)
+            k_group, v_group = (x[block].reshape(together, group * block_k, dim) for x in (k_blocks, v_blocks))
+            return jax.vmap(_softmax_step)(running, scaled, k_group, v_group, bias)
 
-        return _softmax_end(
-            lax.fori_loop(0, block_count(count, group), key_group, _softmax_start(block_q, dim)), q.dtype
-        )
+        start = jax.tree.map(lambda x: jnp.tile(x, (together,) + (1,) * x.ndim), _softmax_start(block_q, dim))
+        running = lax.fori_loop(0, block_count(row_counts[i].max(), group), key_group, start)
+        return jax.vmap(lambda r: _softmax_end(r, q.dtype))(running)
 
-    out, lse = _map_streams(query_block, batch * heads * nq, tuning.streams)
+    out, lse = _map_streams(query_blocks, len(q_blocks), tuning.streams)
     return (
         out.reshape(batch, heads, -1, dim)[:, :, :rows],
         lse.reshape(batch, heads, -1)[:, :, :rows],
     )
+
+
+def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tuple[Array, Array]:
+    """int32 [B, H, nq, slots] twice: the block to gather, numbered over all heads, and its valid keys.
+
+    Slots past a row's count, and used indices out of range, have 0 valid keys and repeat the row's first block:
+    what was not selected is not even read.
+    """
+    (batch, heads, _, kmax), nk = indices.shape, valid.shape[1]
+    slots = block_count(kmax, group) * group
+    block = jnp.pad(indices.astype(jnp.int32), ((0, 0),) * 3 + ((0, slots - kmax),))
+    selected = (jnp.arange(slots) < counts[..., None]) & (block >= 0) & (block < nk)
+    block = jnp.where(selected, block, jnp.clip(block[..., :1], 0, nk - 1))
+    keys = jnp.take_along_axis(valid[:, None, None], block, axis=-1, mode="clip")
+    head = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+    return head * nk + block, jnp.where(selected, keys, 0)

@@ -1,0 +1,41 @@
+"""The command: `python -m convert SRC DST [--dtype float32|bfloat16] [--overwrite]`."""
+
+import logging
+from pathlib import Path
+from typing import Annotated
+
+import ml_dtypes
+import numpy as np
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from models.cli import run_cli
+
+DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
+
+
+def main(
+    src: Annotated[Path, typer.Argument(help="diffusers transformer folder, or a pipeline folder holding one")],
+    dst: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's own")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
+) -> None:
+    """Converts a PyTorch video DiT checkpoint for the Flax ports."""
+    if dtype is not None and dtype not in DTYPES:
+        raise ValueError(f"--dtype {dtype} must be one of {', '.join(DTYPES)}")
+    from convert.writer import convert
+
+    console = Console(stderr=True)
+    columns = (TextColumn("converting"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console) as bar:
+        task = bar.add_task("converting", total=None)
+        done = lambda written, total: bar.update(task, completed=written, total=total)
+        convert(src, dst, dtype=DTYPES[dtype] if dtype else None, overwrite=overwrite, progress=done)
+    console.print(f"wrote {dst}: {bar.tasks[0].total:,} parameters", highlight=False)
+
+
+if __name__ == "__main__":
+    logging.getLogger("absl").setLevel(logging.ERROR)
+    run_cli(main)
