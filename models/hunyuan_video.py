@@ -35,11 +35,28 @@ from pallas_kernels import Implementation
 
 TIME_CHANNELS = 256
 """Sinusoids of a timestep."""
+_COUNTS = {
+    "in_channels",
+    "out_channels",
+    "num_attention_heads",
+    "attention_head_dim",
+    "num_layers",
+    "num_single_layers",
+    "num_refiner_layers",
+    "patch_size",
+    "patch_size_t",
+    "text_embed_dim",
+    "pooled_projection_dim",
+}
+"""Fields of the config that are whole numbers from 1."""
 
 
 @dataclass(frozen=True)
 class HunyuanVideoConfig:
-    """diffusers' config names and defaults: the 13B text-to-video model."""
+    """diffusers' config names and defaults: the 13B text-to-video model.
+
+    Raises NotImplementedError for an architecture that is not ported, ValueError for numbers that cannot work.
+    """
 
     in_channels: int = 16
     out_channels: int = 16
@@ -66,9 +83,18 @@ class HunyuanVideoConfig:
             )
         if self.qk_norm != "rms_norm":
             raise NotImplementedError(f"qk_norm={self.qk_norm!r} is not ported, only 'rms_norm' is")
+        if self.out_channels is None:  # diffusers: as many as go in
+            object.__setattr__(self, "out_channels", self.in_channels)
         object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
-        if sum(self.rope_axes_dim) != self.attention_head_dim:
-            raise ValueError(f"rope_axes_dim={self.rope_axes_dim} must add up to {self.attention_head_dim=}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.name in _COUNTS and (type(value) is not int or value < 1):
+                raise ValueError(f"{field.name}={value!r} must be a whole number of at least 1")
+        axes = self.rope_axes_dim
+        if len(axes) != 3 or any(type(n) is not int or n < 2 or n % 2 for n in axes):
+            raise ValueError(f"rope_axes_dim={axes} must be three even numbers: frames, rows, columns")
+        if sum(axes) != self.attention_head_dim:
+            raise ValueError(f"rope_axes_dim={axes} must add up to attention_head_dim={self.attention_head_dim}")
 
     @classmethod
     def from_dict(cls, config: dict[str, Any]) -> "HunyuanVideoConfig":
@@ -287,16 +313,20 @@ class DualStreamBlock(nnx.Module):
         """video [B, Nv, width], text [B, Nt, width], temb [B, width]."""
         shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1(temb)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = self.norm1_context(temb)
-        q, k, v = self.attn.video_qkv(modulate(layer_norm(video), shift, scale))
-        text_q, text_k, text_v = self.attn.text_qkv(modulate(layer_norm(text), t_shift, t_scale))
-        q, k = call.rotate(q), call.rotate(k)
-        joined = (jnp.concatenate(pair, axis=1) for pair in ((q, text_q), (k, text_k), (v, text_v)))
-        out, state = call(*joined, state, kind)
-        video = video + self.attn.to_out(out[:, : video.shape[1]]) * gate[:, None]
-        text = text + self.attn.to_add_out(out[:, video.shape[1] :]) * t_gate[:, None]
-        ff = self.ff(modulate(layer_norm(video), ff_shift, ff_scale), gelu_tanh)
-        text_ff = self.ff_context(modulate(layer_norm(text), t_ff_shift, t_ff_scale), gelu_tanh)
-        return video + ff_gate[:, None] * ff, text + t_ff_gate[:, None] * text_ff, state
+        length = video.shape[1]
+        with jax.named_scope("qkv"):
+            q, k, v = self.attn.video_qkv(modulate(layer_norm(video), shift, scale))  # [B, Nv, H, D]
+            text_q, text_k, text_v = self.attn.text_qkv(modulate(layer_norm(text), t_shift, t_scale))  # [B, Nt, H, D]
+            pairs = ((call.rotate(q), text_q), (call.rotate(k), text_k), (v, text_v))
+            q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)  # [B, L, H, D]
+        with jax.named_scope("attention"):
+            out, state = call(q, k, v, state, kind)  # [B, L, width]
+            video = video + self.attn.to_out(out[:, :length]) * gate[:, None]
+            text = text + self.attn.to_add_out(out[:, length:]) * t_gate[:, None]
+        with jax.named_scope("mlp"):
+            ff = self.ff(modulate(layer_norm(video), ff_shift, ff_scale), gelu_tanh)
+            text_ff = self.ff_context(modulate(layer_norm(text), t_ff_shift, t_ff_scale), gelu_tanh)
+            return video + ff_gate[:, None] * ff, text + t_ff_gate[:, None] * text_ff, state
 
 
 class SingleStreamBlock(nnx.Module):
@@ -314,11 +344,15 @@ class SingleStreamBlock(nnx.Module):
     ) -> tuple[Array, SparseState | None]:
         """x [B, L, width], temb [B, width]."""
         shift, scale, gate = self.norm(temb)
-        normed = modulate(layer_norm(x), shift, scale)
-        q, k, v = self.attn.video_qkv(normed)
-        out, state = call(call.rotate(q), call.rotate(k), v, state, kind)
-        hidden = jnp.concatenate([out, gelu_tanh(self.proj_mlp(normed))], axis=-1)
-        return x + gate[:, None] * self.proj_out(hidden), state
+        normed = modulate(layer_norm(x), shift, scale)  # [B, L, width]
+        with jax.named_scope("qkv"):
+            q, k, v = self.attn.video_qkv(normed)  # [B, L, H, D]
+            q, k = call.rotate(q), call.rotate(k)
+        with jax.named_scope("attention"):
+            out, state = call(q, k, v, state, kind)  # [B, L, width]
+        with jax.named_scope("mlp"):
+            hidden = jnp.concatenate([out, gelu_tanh(self.proj_mlp(normed))], axis=-1)  # [B, L, width + hidden]
+            return x + gate[:, None] * self.proj_out(hidden), state
 
 
 class HunyuanVideoTransformer(nnx.Module):
@@ -387,7 +421,8 @@ class HunyuanVideoTransformer(nnx.Module):
           encoder_hidden_states: text embeddings [B, T, text_embed_dim].
           encoder_attention_mask: [B, T], 1 for real text tokens, which come first.
           pooled_projections: [B, pooled_projection_dim].
-          guidance: [B], 1000 * scale, if the model embeds guidance, else None.
+          guidance: [B], 1000 * scale, if the model embeds guidance, else None. diffusers' pipeline multiplies in the
+            model's dtype: 6016 for a scale of 6 in bfloat16.
           config: how AdaSpa runs; None: dense, in raster order.
           state: from `init_state`; None: dense.
           step_kind: StepKind or traced int32 scalar; needs a state unless dense.
@@ -403,29 +438,26 @@ class HunyuanVideoTransformer(nnx.Module):
             hidden_states, encoder_hidden_states, encoder_attention_mask, pooled_projections, timestep, guidance
         )
         batch, text_length = encoder_attention_mask.shape
-        size = hidden_states.shape[2:]
+        frames, height, width = hidden_states.shape[2:]
         sparse = config or _DENSE
-        layout = self.layout(size, text_length, sparse)
+        layout = self.layout((frames, height, width), text_length, sparse)
         if state is None and not (isinstance(step_kind, int) and step_kind == StepKind.DENSE):
             raise ValueError(f"{step_kind=} needs a state; make one with init_state")
 
-        temb = self.time_text_embed(timestep, pooled_projections, guidance)
-        text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-        text = layout.pack_text(text)  # [B, Nt, width]
-        video = layout.pack_video(self.x_embedder(hidden_states))  # [B, Nv, width]
+        with jax.named_scope("embed"):
+            temb = self.time_text_embed(timestep, pooled_projections, guidance)  # [B, width]
+            text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
+            text = layout.pack_text(text)  # [B, Nt, width]
+            video = layout.pack_video(self.x_embedder(hidden_states))  # [B, Nv, width]
         cos, sin = rope_tables(layout.grid, self.config.rope_axes_dim, self.config.rope_theta)
-        call = AttentionCall(
-            layout,
-            sparse,
-            layout.block_valid(encoder_attention_mask.sum(1, dtype=jnp.int32), batch),
-            layout.pack_video(jnp.asarray(cos)[None]),
-            layout.pack_video(jnp.asarray(sin)[None]),
-            implementation,
-        )
+        valid = layout.block_valid(encoder_attention_mask.sum(1, dtype=jnp.int32), batch)
+        cos, sin = layout.pack_video(cos[None]), layout.pack_video(sin[None])  # [1, Nv, D / 2]
+        call = AttentionCall(layout, sparse, valid, cos, sin, implementation)
         video, new_state = self._blocks(video, text, temb, call, state, step_kind)
-        scale, shift = self.norm_out(temb)
-        tokens = layout.unpack_video(self.proj_out(modulate(layer_norm(video), shift, scale)))
-        sample = self._unpatchify(tokens, layout.grid)
+        with jax.named_scope("output"):
+            scale, shift = self.norm_out(temb)
+            tokens = self.proj_out(modulate(layer_norm(video), shift, scale))  # [B, Nv, C * pt * ph * pw]
+            sample = self._unpatchify(layout.unpack_video(tokens), layout.grid)
         return sample if state is None else (sample, new_state)
 
     def _blocks(
@@ -442,7 +474,8 @@ class HunyuanVideoTransformer(nnx.Module):
             video, text, layer_state = nnx.merge(graph, weights)(*carry, temb, call, layer_state, kind)
             return (video.astype(carry[0].dtype), text.astype(carry[1].dtype)), layer_state
 
-        (video, text), dual_state = lax.scan(dual, (video, text), (weights, dual_state, kinds[:dual_layers]))
+        with jax.named_scope("dual_stream_blocks"):
+            (video, text), dual_state = lax.scan(dual, (video, text), (weights, dual_state, kinds[:dual_layers]))
         single_graph, single_weights = nnx.split(self.single_transformer_blocks)
 
         def single(x: Array, xs: Any) -> Any:
@@ -450,8 +483,9 @@ class HunyuanVideoTransformer(nnx.Module):
             new, layer_state = nnx.merge(single_graph, weights)(x, temb, call, layer_state, kind)
             return new.astype(x.dtype), layer_state
 
-        x = jnp.concatenate([video, text], axis=1)
-        x, single_state = lax.scan(single, x, (single_weights, single_state, kinds[dual_layers:]))
+        x = jnp.concatenate([video, text], axis=1)  # [B, L, width]
+        with jax.named_scope("single_stream_blocks"):
+            x, single_state = lax.scan(single, x, (single_weights, single_state, kinds[dual_layers:]))
         return x[:, : call.layout.video_length], (dual_state, single_state)
 
     def _unpatchify(self, tokens: Array, grid: tuple[int, int, int]) -> Array:

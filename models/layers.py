@@ -96,8 +96,10 @@ class FeedForward(nnx.Module):
 def timestep_embedding(t: Array, dim: int) -> Array:
     """float32 [B, dim] sinusoids of t [B], cosines first (diffusers `get_timestep_embedding`, flip_sin_to_cos)."""
     half = dim // 2
-    frequencies = np.exp(-np.float32(math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half))
-    angles = t.astype(jnp.float32)[:, None] * frequencies.astype(np.float32)
+    exponents = -np.float32(math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
+    # Rounded from float64, as torch's are to the last bit: a guidance of 6000 multiplies what a bit is worth.
+    frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
+    angles = t.astype(jnp.float32)[:, None] * frequencies
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

@@ -5,14 +5,24 @@ from jax import Array
 from jax import numpy as jnp
 
 
-def rope_tables(grid: tuple[int, int, int], axes_dim: tuple[int, ...], theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """(cos, sin), float32 [f * h * w, sum(axes_dim) / 2] in raster order; each axis rotates its own share of pairs."""
-    angles = []
-    for position, dim in zip(np.meshgrid(*(np.arange(n) for n in grid), indexing="ij"), axes_dim, strict=True):
+def rope_tables(grid: tuple[int, int, int], axes_dim: tuple[int, ...], theta: float) -> tuple[Array, Array]:
+    """(cos, sin) of every token, float32 [f * h * w, sum(axes_dim) / 2] in raster order.
+
+    Each axis rotates its own share of pairs. Only one small table an axis becomes a constant of a traced program;
+    the product of the axes, 30 MB for a 720p video, is made when it runs.
+    Source: diffusers `HunyuanVideoRotaryPosEmbed`.
+    """
+    cos, sin = [], []
+    for axis, dim in enumerate(axes_dim):
         frequencies = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
-        angles.append(position.reshape(-1, 1) * frequencies)
-    joined = np.concatenate(angles, axis=1)
-    return np.cos(joined).astype(np.float32), np.sin(joined).astype(np.float32)
+        angles = np.arange(grid[axis])[:, None] * frequencies  # [n, dim / 2]
+        shape = [1, 1, 1, dim // 2]
+        shape[axis] = grid[axis]
+        for tables, values in ((cos, np.cos(angles)), (sin, np.sin(angles))):
+            table = jnp.asarray(values.reshape(shape), jnp.float32)
+            tables.append(jnp.broadcast_to(table, (*grid, dim // 2)))
+    pairs = sum(axes_dim) // 2
+    return jnp.concatenate(cos, -1).reshape(-1, pairs), jnp.concatenate(sin, -1).reshape(-1, pairs)
 
 
 def apply_rope(x: Array, cos: Array, sin: Array) -> Array:
