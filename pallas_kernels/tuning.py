@@ -15,8 +15,6 @@ class XlaTuning:
     """Most keys that a query block gathers for one softmax step."""
     step_keys: int = 4096
     """Keys that the query blocks of one step gather together."""
-    streams: int = 2
-    """Independent loops the work is split into; the CPU runtime runs them on different cores."""
 
 
 XLA = XlaTuning()

@@ -3,8 +3,6 @@
 Scores are held transposed, keys × rows: the CPU compiler vectorises reductions over the leading axis only.
 """
 
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,13 +25,6 @@ def _pad_tokens(x: Array, multiple: int) -> Array:
 def _even_tile(length: int, target: int) -> int:
     """A tile of about `target` that cuts `length` into equal parts with little padding."""
     return block_count(length, max(1, round(length / target)))
-
-
-def _map_streams(body: Callable[[Array], Any], count: int, streams: int) -> Any:
-    """`lax.map(body, arange(count))` as independent loops over contiguous parts, results joined on axis 0."""
-    edges = [count * i // streams for i in range(streams + 1)]
-    parts = [lax.map(body, jnp.arange(a, b)) for a, b in itertools.pairwise(edges) if b > a]
-    return jax.tree.map(lambda *xs: jnp.concatenate(xs) if len(xs) > 1 else xs[0], *parts)
 
 
 def _contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
@@ -113,7 +104,7 @@ def flash_attention(
 
         return _softmax_end(lax.fori_loop(0, nk, key_tile, _softmax_start(tile_q, dim)), q.dtype)
 
-    out, lse = _map_streams(query_tile, batch * heads * nq, tuning.streams)
+    out, lse = lax.map(query_tile, jnp.arange(batch * heads * nq))
     return (
         out.reshape(batch, heads, -1, dim)[:, :, :rows],
         lse.reshape(batch, heads, -1)[:, :, :rows],
@@ -162,7 +153,7 @@ def block_mass(
         mass = jnp.where(row_tiles[head // heads, tile], sums, 0.0).sum(-1).T
         return mass, sums.sum(0).reshape(tile_q)  # [group_q, nk], [tile_q]
 
-    mass, row_sum = _map_streams(query_tile, batch * heads * tiles_q, tuning.streams)
+    mass, row_sum = lax.map(query_tile, jnp.arange(batch * heads * tiles_q))
     return (
         mass.reshape(batch, heads, -1, nk)[:, :, :nq],
         row_sum.reshape(batch, heads, -1)[:, :, :rows],
@@ -185,8 +176,7 @@ def block_sparse_attention(
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
     batch, heads, rows, dim = q.shape
     nq, nk, kmax = block_count(rows, block_q), block_count(k.shape[2], block_k), indices.shape[3]
-    # At least three even groups: rows of the lower head tiers stop early.
-    group = block_count(kmax, max(3, block_count(kmax * block_k, tuning.group_keys)))
+    group = _group_blocks(kmax, block_k, tuning.group_keys)
     together = min(nq, max(1, tuning.step_keys // (group * block_k)))
     extra = -nq % together
     q_blocks = _pad_tokens(_pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
@@ -204,18 +194,30 @@ def block_sparse_attention(
             block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, keys))
             masked = jnp.arange(block_k) >= valid[..., None]
             bias = jnp.where(masked, _MASKED, 0.0).reshape(together, -1)
-            k_group, v_group = (x[block].reshape(together, group * block_k, dim) for x in (k_blocks, v_blocks))
+            k_group, v_group = (
+                x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
+                for x in (k_blocks, v_blocks)
+            )
             return jax.vmap(_softmax_step)(running, scaled, k_group, v_group, bias)
 
         start = jax.tree.map(lambda x: jnp.tile(x, (together,) + (1,) * x.ndim), _softmax_start(block_q, dim))
         running = lax.fori_loop(0, block_count(row_counts[i].max(), group), key_group, start)
         return jax.vmap(lambda r: _softmax_end(r, q.dtype))(running)
 
-    out, lse = _map_streams(query_blocks, len(q_blocks), tuning.streams)
+    out, lse = lax.map(query_blocks, jnp.arange(len(q_blocks)))
     return (
         out.reshape(batch, heads, -1, dim)[:, :, :rows],
         lse.reshape(batch, heads, -1)[:, :, :rows],
     )
+
+
+def _group_blocks(kmax: int, block: int, most_keys: int) -> int:
+    """Key blocks of one softmax step: even groups, long enough for fast dots.
+
+    Short rows are cut in three all the same, so that rows with smaller counts stop early.
+    """
+    keys = kmax * block
+    return block_count(kmax, 3 if 2 * keys < 3 * most_keys else block_count(keys, most_keys))
 
 
 def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tuple[Array, Array]:
