@@ -6,6 +6,7 @@ float32, 4 heads, D = 64, block 64, density 0.2. The runs of one size are interl
 that the ratios hold on a machine whose cores are shared; the seconds mean little.
 """
 
+import itertools
 import math
 import os
 import time
@@ -96,7 +97,7 @@ def main(
         f"float32, {HEADS} heads, D = {HEAD_DIM}, block {BLOCK}, {os.cpu_count()} cores, torch {torch.__version__}",
         [{key: value for key, value in row.items() if not key.endswith("_seconds")} for row in rows],
     )
-    for before, after in zip(rows[:-1], rows[1:], strict=True):
+    for before, after in itertools.pairwise(rows):
         growth = {c.removesuffix("_seconds"): math.log2(after[c] / before[c]) for c in columns}
         step = math.log2(after["tokens"] / before["tokens"])
         text = ", ".join(f"{name} N^{g / step:.2f}" for name, g in growth.items())

@@ -16,6 +16,7 @@ import typer
 from rich.progress import track
 
 from adaspa_jax import SparseConfig
+from adaspa_jax.layout import TokenOrder
 from benchmarks.table import show, write_json
 from models.cli import run_cli
 from models.media import psnr, ssim
@@ -31,7 +32,7 @@ PROMPTS = [
     "white circle moving right",
 ]
 SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-ORDERS = ("cube", "raster")
+ORDERS: tuple[TokenOrder, ...] = ("cube", "raster")
 
 
 def configs(steps: int, full: bool) -> Iterator[SparseConfig]:

@@ -226,7 +226,7 @@ class TokenRefiner(nnx.Module):
         weight = mask.astype(jnp.float32)[..., None]
         pooled = ((text * weight).sum(1) / weight.sum(1)).astype(text.dtype)
         temb = self.time_text_embed(timestep, pooled)
-        real = mask.astype(bool)
+        real = jnp.asarray(mask, bool)
         # Every row sees key 0, so that padding rows see something.
         pairs = (real[:, None, :] & real[:, :, None]).at[:, :, 0].set(True)[:, None]
         graph, weights = nnx.split(self.refiner_blocks)

@@ -113,7 +113,7 @@ def _summary(report: dict[str, Any]) -> str:
     if "speedup" in report:
         return (
             f"speed-up {report['speedup']:.2f}x, PSNR {report['psnr_db']:.1f} dB, SSIM {report['ssim']:.3f}; "
-            f"sparse steps compute {report['density']:.1%} of the block pairs, holding {report['recall']:.0%} of the mass"
+            f"sparse steps compute {report['density']:.1%} of the block pairs, with {report['recall']:.0%} of the mass"
         )
     if "density" in report:
         return f"sparse steps compute {report['density']:.1%} of the block pairs"

@@ -13,6 +13,8 @@ class XlaTuning:
     """Keys of a dense or block-mass tile."""
     group_keys: int = 1664
     """Most keys that a query block gathers for one softmax step."""
+    short_group_keys: int = 448
+    """About as many for rows that fit in three such steps."""
     step_keys: int = 4096
     """Keys that the query blocks of one step gather together."""
 

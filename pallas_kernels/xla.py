@@ -176,8 +176,8 @@ def block_sparse_attention(
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
     batch, heads, rows, dim = q.shape
     nq, nk, kmax = block_count(rows, block_q), block_count(k.shape[2], block_k), indices.shape[3]
-    group = _group_blocks(kmax, block_k, tuning.group_keys)
-    together = min(nq, max(1, tuning.step_keys // (group * block_k)))
+    group = _group_blocks(kmax, block_k, tuning)
+    together = _rows_together(nq, max(1, tuning.step_keys // (group * block_k)))
     extra = -nq % together
     q_blocks = _pad_tokens(_pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
     k_blocks, v_blocks = (_pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
@@ -211,13 +211,20 @@ def block_sparse_attention(
     )
 
 
-def _group_blocks(kmax: int, block: int, most_keys: int) -> int:
+def _group_blocks(kmax: int, block: int, tuning: XlaTuning) -> int:
     """Key blocks of one softmax step: even groups, long enough for fast dots.
 
-    Short rows are cut in three all the same, so that rows with smaller counts stop early.
+    Short rows are cut in up to three, so that rows with smaller counts stop early.
     """
     keys = kmax * block
-    return block_count(kmax, 3 if 2 * keys < 3 * most_keys else block_count(keys, most_keys))
+    if 2 * keys > 3 * tuning.group_keys:
+        return block_count(kmax, block_count(keys, tuning.group_keys))
+    return block_count(kmax, min(3, max(1, round(keys / tuning.short_group_keys))))
+
+
+def _rows_together(rows: int, most: int) -> int:
+    """About `most` query blocks, a number that divides `rows` with little remainder."""
+    return min(range(min(most, rows), max(0, most // 2), -1), key=lambda n: -rows % n, default=1)
 
 
 def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tuple[Array, Array]:

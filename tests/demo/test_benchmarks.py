@@ -1,0 +1,36 @@
+"""The benchmarks run, on small sizes, and write the rows they promise."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import cpu, quality
+
+
+def test_quality_writes_its_rows(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(quality, "CHECKPOINT", tiny_pipeline)
+    monkeypatch.setattr(quality, "SPARSITIES", (0.5, 0.8))
+    monkeypatch.setattr(quality, "PROMPTS", quality.PROMPTS[:2])
+    quality.main(json=tmp_path / "deep" / "rows.json", steps=3)
+    rows = json.loads((tmp_path / "deep" / "rows.json").read_text())
+    keys = ["sparsity", "token_order", "head_adaptive", "lse_cache", "psnr_db", "ssim", "recall", "density"]
+    assert all(list(row) == keys for row in rows)
+    switches = [tuple(row.values())[:4] for row in rows]
+    assert len(switches) == len(set(switches)) == 8
+    assert {(s, o) for s, o, *_ in switches} == {(s, o) for s in (0.5, 0.8) for o in ("cube", "raster")}
+    assert any(not tiers for *_, tiers, _ in switches)
+    assert any(not cache for *_, cache in switches)
+
+
+def test_full_quality_takes_every_combination() -> None:
+    configs = list(quality.configs(50, full=True))
+    assert len(set(configs)) == len(configs) == 32
+
+
+def test_cpu_measures_what_it_prints() -> None:
+    row = cpu.measure(512, repeats=1)
+    assert row["density"] == pytest.approx(2 / 8)
+    assert row["sparse_over_torch"] == pytest.approx(row["torch_seconds"] / row["sparse_seconds"])
+    assert row["sparse_over_dense"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
+    assert row["sparse_gflops"] == pytest.approx(row["density"] * 4e-9 * 4 * 512**2 * 64 / row["sparse_seconds"])
