@@ -7,7 +7,6 @@ from typing import Any
 import numpy as np
 from jax import Array
 
-
 _CLASS = "FlowMatchEulerDiscreteScheduler"
 _MUST_BE_OFF = (
     "use_dynamic_shifting",

@@ -29,7 +29,13 @@ WIDE = TINY | {
     "guidance_embeds": False,
     "patch_size_t": 2,
 }
-SMALLEST = TINY | {"num_attention_heads": 1, "num_layers": 1, "num_single_layers": 2, "in_channels": 2, "mlp_ratio": 1.0}
+SMALLEST = TINY | {
+    "num_attention_heads": 1,
+    "num_layers": 1,
+    "num_single_layers": 2,
+    "in_channels": 2,
+    "mlp_ratio": 1.0,
+}
 
 
 def torch_model(config: dict[str, Any], seed: int = 0) -> HunyuanVideoTransformer3DModel:

@@ -1,0 +1,19 @@
+"""Settings of every test: full float32 products, and property tests that find the same cases in every run."""
+
+import hypothesis
+import jax
+import numpy as np
+import pytest
+
+jax.config.update("jax_default_matmul_precision", "highest")
+
+hypothesis.settings.register_profile(
+    "adaspa", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("adaspa")
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    """The one source of random numbers of a test, the same in every run."""
+    return np.random.default_rng(0)

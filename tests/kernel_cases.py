@@ -1,0 +1,129 @@
+"""The one list of cases that every implementation runs, and what counts as right."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from pallas_kernels import reference
+from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
+
+IMPLEMENTATIONS = ("xla",)
+"""Everything but the oracle; a new backend adds its name here."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """Shapes and what is odd about them."""
+
+    name: str
+    batch: int = 1
+    heads: int = 2
+    rows: int = 256
+    keys: int = 256
+    head_dim: int = 64
+    block_q: int = 64
+    block_k: int = 64
+    dtype: str = "float32"
+    density: float = 0.4
+    """Mean share of key blocks a row uses; counts vary by row."""
+    ragged: bool = False
+    """Give every key block a random valid count, some of them 0."""
+    index_dtype: str = "uint16"
+
+
+CASES = (
+    Case("plain"),
+    Case("bfloat16", dtype="bfloat16"),
+    Case("float16", dtype="float16"),
+    Case("D 128", head_dim=128, batch=2),
+    Case("D 128 bfloat16", head_dim=128, dtype="bfloat16", ragged=True),
+    Case("odd D", head_dim=40, index_dtype="int32"),
+    Case("ragged length", rows=333, keys=333, ragged=False),
+    Case("ragged length and blocks", batch=2, rows=333, keys=333, ragged=True),
+    Case("ragged bfloat16", batch=2, rows=200, keys=200, ragged=True, dtype="bfloat16"),
+    Case("block 128", rows=500, keys=500, block_q=128, block_k=128, ragged=True),
+    Case("unequal blocks", rows=320, keys=200, block_q=32, block_k=16, ragged=True),
+    Case("more keys than rows", rows=70, keys=700, ragged=True),
+    Case("one token", rows=1, keys=1),
+    Case("many blocks", rows=512, keys=2048, block_q=16, block_k=16, density=0.3, index_dtype="uint32"),
+    Case("density 0", density=0.0),
+    Case("density 1", density=1.0, ragged=True),
+    Case("one long head", heads=1, rows=3000, keys=3000, density=0.7),
+)
+
+
+@dataclass(frozen=True)
+class Operands:
+    """Inputs of the three kernels for a case."""
+
+    q: Array
+    k: Array
+    v: Array
+    block_valid: Array | None
+    query_valid: Array | None
+    indices: Array
+    counts: Array
+
+
+def operands(case: Case) -> Operands:
+    """Random inputs, the same every time."""
+    rng = np.random.default_rng(abs(hash((case.rows, case.keys, case.head_dim))) % 2**32)
+    draw = lambda n: jnp.asarray(rng.standard_normal((case.batch, case.heads, n, case.head_dim)), case.dtype)
+    nq, nk = block_count(case.rows, case.block_q), block_count(case.keys, case.block_k)
+    counts = rng.binomial(nk, case.density, (case.batch, case.heads, nq))
+    if case.density not in (0.0, 1.0):
+        counts.flat[0] = 0  # an empty row
+    order = np.argsort(rng.random((case.batch, case.heads, nq, nk)), axis=-1)
+    valid = lambda n, block: jnp.asarray(rng.integers(0, block + 1, (case.batch, n)), jnp.int32)
+    return Operands(
+        q=draw(case.rows),
+        k=draw(case.keys),
+        v=draw(case.keys),
+        block_valid=valid(nk, case.block_k) if case.ragged else None,
+        query_valid=valid(nq, case.block_q) if case.ragged else None,
+        indices=jnp.asarray(order[..., : max(1, counts.max())], case.index_dtype),
+        counts=jnp.asarray(counts, jnp.int32),
+    )
+
+
+def naive(case: Case, x: Operands, keep: Array) -> Array:
+    """Plain attention computed in the inputs' own dtype, the yardstick of the error."""
+    s = jnp.einsum("bhqd,bhkd->bhqk", x.q, x.k) * jnp.asarray(case.head_dim**-0.5, x.q.dtype)
+    s = jnp.where(keep, s, -jnp.inf)
+    p = jax.nn.softmax(s, axis=-1)
+    return jnp.einsum("bhqk,bhkd->bhqd", jnp.where(keep.any(-1, keepdims=True), p, 0), x.v)
+
+
+def kept(case: Case, x: Operands, selected: bool) -> Array:
+    """bool [B, H, Nq, Nk]: the pairs that count, by valid keys and, if `selected`, by the chosen blocks."""
+    columns = expand_valid(x.block_valid, case.batch, case.block_k, case.keys)[:, None, None]
+    if not selected:
+        return jnp.broadcast_to(columns, (*x.q.shape[:3], case.keys))
+    nk = block_count(case.keys, case.block_k)
+    used = jnp.arange(x.indices.shape[-1]) < x.counts[..., None]
+    hit = ((x.indices[..., None].astype(jnp.int32) == jnp.arange(nk)) & used[..., None]).any(-2)
+    blocks = expand_blocks(expand_blocks(hit, case.block_k, case.keys, axis=3), case.block_q, case.rows, axis=2)
+    return blocks & columns
+
+
+def assert_attention(case: Case, x: Operands, got: tuple[Array, Array], selected: bool) -> None:
+    """Error of out at most twice that of plain same-dtype attention, plus 2e-6; LSE to 1e-5, and exactly -inf."""
+    keep = kept(case, x, selected)
+    with jax.default_matmul_precision("highest"):
+        expected, lse = reference.masked_attention(
+            reference.scores(x.q, x.k, case.head_dim**-0.5), keep, x.v, jnp.dtype(jnp.float32)
+        )
+        yardstick = jnp.abs(naive(case, x, keep).astype(jnp.float32) - expected).max()
+    assert got[0].dtype == x.q.dtype
+    assert got[0].shape == x.q.shape
+    assert not jnp.isnan(got[0]).any()
+    error = jnp.abs(got[0].astype(jnp.float32) - expected).max()
+    assert error <= 2 * yardstick + 2e-6, f"{error} > 2 * {yardstick}"
+    assert got[1].dtype == jnp.float32
+    np.testing.assert_array_equal(jnp.isneginf(got[1]), jnp.isneginf(lse))
+    finite = jnp.isfinite(lse)
+    np.testing.assert_allclose(got[1][finite], lse[finite], atol=1e-5, rtol=1e-5)
+    np.testing.assert_array_equal(jnp.where(finite[..., None], 0, got[0]), 0)
