@@ -152,7 +152,8 @@ def adaspa_attention(
     valid = layout.block_valid(None, batch) if block_valid is None else block_valid
     if valid.shape != (batch, layout.num_blocks):
         raise ValueError(f"block_valid must be [B, blocks] = {[batch, layout.num_blocks]}; got {list(valid.shape)}")
-    call = _Call(*(x.swapaxes(1, 2) for x in (q, k, v)), valid, layout, config, implementation)
+    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
+    call = _Call(heads_first[0], heads_first[1], heads_first[2], valid, layout, config, implementation)
     if state is None:
         if not isinstance(step_kind, int) or step_kind != StepKind.DENSE:
             raise ValueError(f"step_kind={step_kind!r} needs a state; without one every step is StepKind.DENSE")

@@ -71,7 +71,7 @@ def draw_blocks(state: Any, layout: TokenLayout, sample: int = 0, heads: int = 6
     stacks = jax.tree.leaves(state, is_leaf=lambda x: isinstance(x, SparseState))
     if any(s.mass.size == 0 for s in stacks):
         raise ValueError("this state holds no block mass; create it with keep_mass=True")
-    joined = SparseState(*(np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*stacks, strict=True)))
+    joined = SparseState(*(np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*stacks, strict=True)))  # type: ignore[arg-type]
     layers, _, per_layer = joined.counts.shape[:3]
     chosen = np.linspace(0, layers * per_layer - 1, min(heads, layers * per_layer)).round().astype(int)
     figure = Figure(figsize=(2.4 * len(chosen), 5.6), layout="constrained")

@@ -116,7 +116,7 @@ def _read_converted(folder: Path, config: dict[str, Any]) -> Iterator[tuple[tupl
     except (ValueError, KeyError, OSError) as error:
         raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); convert it again") from error
     for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
-        yield tuple(str(key.key) for key in path), value
+        yield tuple(str(key.key) for key in path), value  # type: ignore[attr-defined]
 
 
 def from_pretrained(path: str | Path, dtype: Any = None) -> HunyuanVideoTransformer:

@@ -1,11 +1,13 @@
 """Block arithmetic shared by the implementations."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
 
-def block_count(length: int, block: int) -> int:
-    """Number of blocks of `block` tokens that cover `length` tokens, the last one perhaps partial."""
+def block_count(length: Any, block: int) -> Any:
+    """Number of blocks of `block` tokens that cover `length` tokens, an int or an array, the last one perhaps partial."""
     return -(-length // block)
 
 

@@ -40,7 +40,11 @@ CONFIG: dict[str, Any] = {
     "rope_axes_dim": (16, 24, 24),
     "guidance_embeds": False,
 }
-SCHEDULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 1.0}
+SCHEDULER: dict[str, Any] = {
+    "_class_name": "FlowMatchEulerDiscreteScheduler",
+    "num_train_timesteps": 1000,
+    "shift": 1.0,
+}
 SHEET_PROMPTS = [
     "red circle moving left",
     "blue square moving down",
