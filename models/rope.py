@@ -12,8 +12,8 @@ def rope_tables(grid: tuple[int, int, int], axes_dim: tuple[int, ...], theta: fl
     the product of the axes, 30 MB for a 720p video, is made when it runs.
     Source: diffusers `HunyuanVideoRotaryPosEmbed`.
     """
-    cos: list[np.ndarray] = []
-    sin: list[np.ndarray] = []
+    cos: list[Array] = []
+    sin: list[Array] = []
     for axis, dim in enumerate(axes_dim):
         frequencies = 1.0 / theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
         angles = np.arange(grid[axis])[:, None] * frequencies  # [n, dim / 2]

@@ -7,7 +7,7 @@ from jax import Array
 
 
 def block_count(length: Any, block: int) -> Any:
-    """Number of blocks of `block` tokens that cover `length` tokens, an int or an array, the last one perhaps partial."""
+    """Number of blocks of `block` tokens that cover `length` tokens (int or array), the last perhaps partial."""
     return -(-length // block)
 
 
