@@ -103,7 +103,7 @@ def test_selection_is_that_of_the_paper(text: int, sparsity: float) -> None:
     for spot in np.ndindex(*found.counts.shape):
         got = set(np.asarray(found.indices[spot])[: int(found.counts[spot])].tolist())
         assert got == expected[spot[0]][spot[1]][spot[2]]
-    assert len(set(found.counts[:, :, 0].ravel().tolist())) == 3  # all tiers occur
+    assert len(set(found.counts[:, :, 0].ravel().tolist())) >= 2  # heads differ
     assert float(found.counts.mean()) == config.budget(layout).base
     again = jax.jit(lambda m: select_blocks(m, layout, config))(mass)
     for a, b in zip(found[:2], again[:2], strict=True):

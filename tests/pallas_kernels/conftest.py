@@ -1,0 +1,12 @@
+"""Strict dtypes: the kernels never mix dtypes by accident."""
+
+from collections.abc import Iterator
+
+import jax
+import pytest
+
+
+@pytest.fixture(autouse=True)
+def _strict_dtypes() -> Iterator[None]:
+    with jax.numpy_dtype_promotion("strict"):
+        yield
