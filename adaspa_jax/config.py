@@ -1,6 +1,5 @@
 """SparseConfig: everything the result of AdaSpa depends on, validated once."""
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from typing import get_args
@@ -62,8 +61,10 @@ class SparseConfig:
             raise ValueError(f"block_size={self.block_size} must be a power of two, such as 64 or 128")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
-        if self.search_steps is None:
-            object.__setattr__(self, "search_steps", default_search_steps(self.steps))
+        # Lists would make the config unhashable, so no static argument of a jitted function.
+        for name in ("search_steps", "dense_layers"):
+            if getattr(self, name) is not None:
+                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_steps(self.search)
         if self.token_order not in get_args(TokenOrder):
             raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
@@ -83,13 +84,12 @@ class SparseConfig:
         """The preset `name` ("quality", "balanced", "fast") with `changes` on top."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-        return dataclasses.replace(cls(), **(PRESETS[name] | changes))  # type: ignore[arg-type]
+        return cls(**(PRESETS[name] | changes))  # type: ignore[arg-type]
 
     @property
     def search(self) -> tuple[int, ...]:
         """`search_steps` with the default filled in."""
-        assert self.search_steps is not None
-        return self.search_steps
+        return default_search_steps(self.steps) if self.search_steps is None else self.search_steps
 
     def layout(self, grid: tuple[int, int, int], text: int = 0) -> TokenLayout:
         """The token layout of a video of `grid` tokens (frames, rows, columns) and `text` text tokens."""
@@ -99,8 +99,9 @@ class SparseConfig:
         """Key blocks kept per video row block (AdaSpa, selection, points 2 and 3)."""
         total, least = layout.num_blocks, min(layout.text_blocks + 1, layout.num_blocks)
         # Rounded first: 1 - 0.9 is slightly more than 0.1 in binary.
-        base = max(math.ceil(round((1 - self.sparsity) * total, 6)), least)
-        spread = round((1 - self.sparsity) * total / 2) if self.head_adaptive else 0
+        kept = round((1 - self.sparsity) * total, 6)
+        base = max(math.ceil(kept), least)
+        spread = round(kept / 2) if self.head_adaptive else 0
         spread = min(spread, base - least, total - base)
         return Budget(base - spread, base, base + spread)
 

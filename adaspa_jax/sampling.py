@@ -85,9 +85,9 @@ def denoise(
         prediction, state = predict(scheduler.latents(solver), row, state, kind)
         solver = scheduler.step(solver, prediction, row)
         if progress is not None:
-            # Reads a value of the step, so that it is called when the step is done.
-            done = number + jnp.isnan(jax.tree.leaves(solver)[0].reshape(-1)[0]).astype(jnp.int32) * 0
-            jax.debug.callback(progress, done, ordered=False)
+            # One latent goes along unread: the call has to wait for the step.
+            latent = jax.tree.leaves(solver)[0].reshape(-1)[0]
+            jax.debug.callback(lambda number, _: progress(number), number, latent, ordered=False)
         pick = lambda field: jax.tree.map(lambda s: getattr(s, field), state, is_leaf=_is_state)
         return (solver, state), History(pick("recall"), pick("drift"))
 

@@ -202,7 +202,10 @@ def block_sparse_attention(
 
         start = jax.tree.map(lambda x: jnp.tile(x, (together,) + (1,) * x.ndim), _softmax_start(block_q, dim))
         running = lax.fori_loop(0, block_count(row_counts[i].max(), group), key_group, start)
-        return jax.vmap(lambda r: _softmax_end(r, q.dtype))(running)
+        out, lse = jax.vmap(lambda r: _softmax_end(r, q.dtype))(running)
+        # A row without keys went along with its neighbours over a block that it did not select: drop what it saw.
+        empty = keys[i].max(-1) == 0
+        return jnp.where(empty[:, None, None], 0, out), jnp.where(empty[:, None], -jnp.inf, lse)
 
     out, lse = lax.map(query_blocks, jnp.arange(len(q_blocks)))
     return (
@@ -230,14 +233,15 @@ def _rows_together(rows: int, most: int) -> int:
 def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tuple[Array, Array]:
     """int32 [B, H, nq, slots] twice: the block to gather, numbered over all heads, and its valid keys.
 
-    Slots past a row's count, and used indices out of range, have 0 valid keys and repeat the row's first block:
-    what was not selected is not even read.
+    Slots past a row's count, and used indices out of range, have 0 valid keys and repeat the row's first selected
+    block: what was not selected is not even read. A row that selects nothing repeats block 0.
     """
     (batch, heads, _, kmax), nk = indices.shape, valid.shape[1]
     slots = block_count(kmax, group) * group
     block = jnp.pad(indices.astype(jnp.int32), ((0, 0),) * 3 + ((0, slots - kmax),))
     selected = (jnp.arange(slots) < counts[..., None]) & (block >= 0) & (block < nk)
-    block = jnp.where(selected, block, jnp.clip(block[..., :1], 0, nk - 1))
+    first = jnp.take_along_axis(block, jnp.argmax(selected, axis=-1, keepdims=True), axis=-1)
+    block = jnp.where(selected, block, jnp.where(selected.any(-1, keepdims=True), first, 0))
     keys = jnp.take_along_axis(valid[:, None, None], block, axis=-1, mode="clip")
     head = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
     return head * nk + block, jnp.where(selected, keys, 0)
