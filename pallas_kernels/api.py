@@ -5,33 +5,16 @@ dtype, LSE is the natural logarithm. ValueError means the caller is wrong, NotIm
 implementation cannot serve the call; nothing falls back in silence.
 """
 
-from typing import Any, Literal, get_args
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels import reference, xla
 from pallas_kernels.blocks import block_count
+from pallas_kernels.dispatch import Implementation, Request, choose
 
-Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
-_BACKENDS = {"reference": reference, "xla": xla}
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
-
-
-def resolve_implementation(implementation: Implementation | None = None) -> Implementation:
-    """The implementation a call runs: the named one, or for None the best for the default platform.
-
-    Raises ValueError for an unknown name and NotImplementedError for one that is not available.
-    """
-    if implementation is None:
-        return "xla"
-    if implementation not in get_args(Implementation):
-        raise ValueError(f"{implementation=} is unknown; choose one of {', '.join(get_args(Implementation))}, or None")
-    if implementation not in _BACKENDS:
-        available = ", ".join(_BACKENDS)
-        raise NotImplementedError(f"{implementation=} is not part of this version; available: {available}")
-    return implementation
 
 
 def _check_qk(q: Array, k: Array, v: Array | None = None) -> None:
@@ -83,7 +66,7 @@ def flash_attention(
         attended to. nk must divide Nk. None: all keys.
       scale: factor on q·k; None: D**-0.5.
       return_lse: also return the log-sum-exp of each row's scaled scores.
-      implementation: see `resolve_implementation`.
+      implementation: see `pallas_kernels.resolve_implementation`.
       interpret: run a Pallas kernel in interpret mode; "xla" and "reference" need none and ignore it.
 
     Returns:
@@ -94,7 +77,6 @@ def flash_attention(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    name = resolve_implementation(implementation)
     _check_qk(q, k, v)
     block_k = k.shape[2]
     if block_valid is not None:
@@ -104,9 +86,11 @@ def flash_attention(
             )
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
+    request = Request("flash_attention", q.dtype, q.shape[3], interpret=interpret)
+    _, module = choose(implementation, request)
     with jax.named_scope("flash_attention"):
-        out, lse = _BACKENDS[name].flash_attention(
-            q, k, v, block_valid=block_valid, block_k=block_k, scale=_scale(q, scale)
+        out, lse = module.flash_attention(
+            q, k, v, block_valid=block_valid, block_k=block_k, scale=_scale(q, scale), interpret=interpret
         )
     return (out, lse) if return_lse else out
 
@@ -140,7 +124,7 @@ def block_mass(
       query_valid: integers [B, nq], may be traced: valid rows, the first ones of each block. None: all.
       scale: factor on q·k; None: D**-0.5.
       return_row_sum: also return r_i = sum_j exp(scale * q_i·k_j - lse_i): lse + log r is the exact LSE of this step.
-      implementation: see `resolve_implementation`.
+      implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.
 
     Returns:
@@ -150,7 +134,6 @@ def block_mass(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    name = resolve_implementation(implementation)
     _check_qk(q, k)
     _check_block(block_q=block_q, block_k=block_k)
     if lse.shape != q.shape[:3] or lse.dtype != jnp.float32:
@@ -158,8 +141,10 @@ def block_mass(
     for label, valid, x, block in (("block_valid", block_valid, k, block_k), ("query_valid", query_valid, q, block_q)):
         if valid is not None:
             _check_integers(label, valid, (x.shape[0], block_count(x.shape[2], block)), "[B, blocks]")
+    request = Request("block_mass", q.dtype, q.shape[3], block_q, block_k, interpret)
+    _, module = choose(implementation, request)
     with jax.named_scope("block_mass"):
-        mass, row_sum = _BACKENDS[name].block_mass(
+        mass, row_sum = module.block_mass(
             q,
             k,
             lse,
@@ -168,6 +153,7 @@ def block_mass(
             block_valid=block_valid,
             query_valid=query_valid,
             scale=_scale(q, scale),
+            interpret=interpret,
         )
     return (mass, row_sum) if return_row_sum else mass
 
@@ -201,7 +187,7 @@ def block_sparse_attention(
       block_valid: integers [B, nk], may be traced: valid keys, the first ones of each block. None: all.
       scale: factor on q·k; None: D**-0.5.
       return_lse: also return the log-sum-exp over the selected keys.
-      implementation: see `resolve_implementation`.
+      implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.
 
     Returns:
@@ -212,7 +198,6 @@ def block_sparse_attention(
       ValueError: shapes or dtypes that do not fit.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    name = resolve_implementation(implementation)
     _check_qk(q, k, v)
     _check_block(block_q=block_q, block_k=block_k)
     rows = (*q.shape[:2], block_count(q.shape[2], block_q))
@@ -222,8 +207,10 @@ def block_sparse_attention(
     _check_integers("indices", indices, (*rows, indices.shape[3]), "[B, H, nq, kmax]")
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
+    request = Request("block_sparse_attention", q.dtype, q.shape[3], block_q, block_k, interpret)
+    _, module = choose(implementation, request)
     with jax.named_scope("block_sparse_attention"):
-        out, lse = _BACKENDS[name].block_sparse_attention(
+        out, lse = module.block_sparse_attention(
             q,
             k,
             v,
@@ -233,5 +220,6 @@ def block_sparse_attention(
             block_k=block_k,
             block_valid=block_valid,
             scale=_scale(q, scale),
+            interpret=interpret,
         )
     return (out, lse) if return_lse else out

@@ -5,6 +5,9 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+MASKED = -3e38
+"""Added to the scores of keys that are not valid."""
+
 
 def block_count(length: Any, block: int) -> Any:
     """Number of blocks of `block` tokens that cover `length` tokens (int or array), the last perhaps partial."""
@@ -29,3 +32,17 @@ def expand_valid(block_valid: Array | None, batch: int, block: int, length: int)
     counts = valid_counts(block_valid, batch, block, length)
     inside = jnp.arange(block) < counts[..., None]
     return inside.reshape(batch, -1)[:, :length]
+
+
+def pad_tokens(x: Array, multiple: int) -> Array:
+    """Pads axis 2 of [B, H, N, ...] with zeros to a multiple."""
+    extra = -x.shape[2] % multiple
+    return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)) if extra else x
+
+
+def key_bias(block_valid: Array | None, batch: int, block: int, length: int, padded: int) -> Array | None:
+    """float32 [B, padded], 0 for valid keys and MASKED for others; None if every key is valid."""
+    if block_valid is None and length == padded:
+        return None
+    valid = expand_valid(block_valid, batch, block, length)
+    return jnp.where(jnp.pad(valid, ((0, 0), (0, padded - length))), 0.0, MASKED)

@@ -5,6 +5,12 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
+from pallas_kernels.dispatch import Request
+
+
+def unsupported(request: Request) -> str | None:
+    """None: serves every call."""
+    return None
 
 
 def scores(q: Array, k: Array, scale: float) -> Array:
@@ -26,7 +32,7 @@ def masked_attention(s: Array, keep: Array, v: Array, dtype: jnp.dtype) -> tuple
 
 
 def flash_attention(
-    q: Array, k: Array, v: Array, *, block_valid: Array | None, block_k: int, scale: float
+    q: Array, k: Array, v: Array, *, block_valid: Array | None, block_k: int, scale: float, interpret: bool = False
 ) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
     columns = expand_valid(block_valid, k.shape[0], block_k, k.shape[2])  # [B, Nk]
@@ -43,6 +49,7 @@ def block_mass(
     block_valid: Array | None,
     query_valid: Array | None,
     scale: float,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
     batch, heads, rows, _ = q.shape
@@ -69,6 +76,7 @@ def block_sparse_attention(
     block_k: int,
     block_valid: Array | None,
     scale: float,
+    interpret: bool = False,
 ) -> tuple[Array, Array]:
     """Attention over selected blocks; see `pallas_kernels.block_sparse_attention`."""
     batch, rows, cols = q.shape[0], q.shape[2], k.shape[2]

@@ -1,6 +1,11 @@
 """Tile sizes. They change speed, never the result beyond rounding."""
 
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+
+Kernel = Literal["dense", "block_mass", "block_sparse"]
 
 
 @dataclass(frozen=True)
@@ -20,3 +25,24 @@ class XlaTuning:
 
 
 XLA = XlaTuning()
+
+
+@dataclass(frozen=True)
+class TritonTuning:
+    """One Triton kernel's tiles and resources."""
+
+    tile_q: int
+    """Rows of a program; a query block of more rows is split."""
+    tile_k: int
+    """Keys of one step; a key block of more keys is split."""
+    num_warps: int
+    num_stages: int
+
+
+def triton_tuning(kernel: Kernel, dtype: Any, head_dim: int) -> TritonTuning:
+    """Defaults of the Triton kernels; none of them spills on sm_80 or sm_90 (benchmarks.gpu --compile-only)."""
+    if jnp.dtype(dtype).itemsize == 4:
+        return TritonTuning(tile_q=32, tile_k=32, num_warps=4, num_stages=2)
+    if head_dim > 128:
+        return TritonTuning(tile_q=64, tile_k=32, num_warps=8, num_stages=2)
+    return TritonTuning(tile_q=128, tile_k=64, num_warps=8, num_stages=3)

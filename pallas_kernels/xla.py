@@ -9,17 +9,17 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.blocks import block_count, valid_counts
+from pallas_kernels.blocks import MASKED, block_count, key_bias, pad_tokens, valid_counts
+from pallas_kernels.dispatch import Request
 from pallas_kernels.tuning import XLA, XlaTuning
 
-# Masked scores, and the floor of the running maximum: exp(_MASKED - m) is 0 for every m >= _FLOOR.
-_MASKED, _FLOOR = -3e38, -1e30
+# The floor of the running maximum: exp(MASKED - m) is 0 for every m above it.
+_FLOOR = -1e30
 
 
-def _pad_tokens(x: Array, multiple: int) -> Array:
-    """Pads axis 2 of [B, H, N, ...] with zeros to a multiple."""
-    extra = -x.shape[2] % multiple
-    return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)) if extra else x
+def unsupported(request: Request) -> str | None:
+    """None: serves every call."""
+    return None
 
 
 def _even_tile(length: int, target: int) -> int:
@@ -59,16 +59,6 @@ def _softmax_end(running: _Running, dtype: Any) -> tuple[Array, Array]:
     return (acc / safe).T.astype(dtype), jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
 
 
-def _key_bias(block_valid: Array | None, batch: int, block: int, length: int, padded: int) -> Array | None:
-    """float32 [B, padded], 0 for valid keys and _MASKED for others; None if every key is valid."""
-    if block_valid is None and length == padded:
-        return None
-    counts = valid_counts(block_valid, batch, block, length)
-    valid = (jnp.arange(block) < counts[..., None]).reshape(batch, -1)
-    valid = jnp.pad(valid[:, :padded], ((0, 0), (0, max(0, padded - valid.shape[1]))))
-    return jnp.where(valid, 0.0, _MASKED)
-
-
 def _scaled(q: Array, scale: float) -> Array:
     return q.astype(jnp.float32) * scale
 
@@ -81,15 +71,15 @@ def flash_attention(
     block_valid: Array | None,
     block_k: int,
     scale: float,
+    interpret: bool = False,
     tuning: XlaTuning = XLA,
 ) -> tuple[Array, Array]:
     """Dense attention, tile by tile; see `pallas_kernels.flash_attention`."""
     batch, heads, rows, dim = q.shape
     tile_q, tile_k = _even_tile(rows, tuning.dense_q), _even_tile(k.shape[2], tuning.dense_k)
-    bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(k.shape[2], tile_k) * tile_k)
+    bias = key_bias(block_valid, batch, block_k, k.shape[2], block_count(k.shape[2], tile_k) * tile_k)
     q_tiles, k_tiles, v_tiles = (
-        _pad_tokens(x, tile).reshape(batch * heads, -1, tile, dim)
-        for x, tile in ((q, tile_q), (k, tile_k), (v, tile_k))
+        pad_tokens(x, tile).reshape(batch * heads, -1, tile, dim) for x, tile in ((q, tile_q), (k, tile_k), (v, tile_k))
     )
     bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
     nq, nk = q_tiles.shape[1], k_tiles.shape[1]
@@ -121,6 +111,7 @@ def block_mass(
     block_valid: Array | None,
     query_valid: Array | None,
     scale: float,
+    interpret: bool = False,
     tuning: XlaTuning = XLA,
 ) -> tuple[Array, Array]:
     """Attention mass of block pairs, tile by tile; see `pallas_kernels.block_mass`."""
@@ -129,11 +120,11 @@ def block_mass(
     group_q = _even_tile(nq, max(1, tuning.dense_q // block_q))
     group_k = _even_tile(nk, max(1, tuning.dense_k // block_k))
     tile_q, tile_k = group_q * block_q, group_k * block_k
-    bias = _key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
-    q_tiles = _pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)
-    k_tiles = _pad_tokens(k, tile_k).reshape(batch * heads, -1, tile_k, dim)
+    bias = key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
+    q_tiles = pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)
+    k_tiles = pad_tokens(k, tile_k).reshape(batch * heads, -1, tile_k, dim)
     # A row of LSE -inf has no valid key: exp(s - inf) = 0.
-    lse_tiles = _pad_tokens(jnp.where(jnp.isneginf(lse), jnp.inf, lse), tile_q).reshape(batch * heads, -1, tile_q)
+    lse_tiles = pad_tokens(jnp.where(jnp.isneginf(lse), jnp.inf, lse), tile_q).reshape(batch * heads, -1, tile_q)
     bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
     row_valid = jnp.arange(block_q) < valid_counts(query_valid, batch, block_q, rows)[..., None]  # [B, nq, block_q]
     row_tiles = jnp.pad(row_valid, ((0, 0), (0, -nq % group_q), (0, 0))).reshape(batch, -1, group_q, block_q)
@@ -171,6 +162,7 @@ def block_sparse_attention(
     block_k: int,
     block_valid: Array | None,
     scale: float,
+    interpret: bool = False,
     tuning: XlaTuning = XLA,
 ) -> tuple[Array, Array]:
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
@@ -179,8 +171,8 @@ def block_sparse_attention(
     group = _group_blocks(kmax, block_k, tuning)
     together = _rows_together(nq, max(1, tuning.step_keys // (group * block_k)))
     extra = -nq % together
-    q_blocks = _pad_tokens(_pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
-    k_blocks, v_blocks = (_pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
+    q_blocks = pad_tokens(pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
+    k_blocks, v_blocks = (pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
     blocks, keys = _gather_plan(indices, counts, valid_counts(block_valid, batch, block_k, k.shape[2]), group)
     blocks, keys, row_counts = (
         jnp.pad(x.reshape(batch * heads, nq, -1), ((0, 0), (0, extra), (0, 0))).reshape(len(q_blocks), together, -1)
@@ -193,7 +185,7 @@ def block_sparse_attention(
         def key_group(g: Array, running: _Running) -> _Running:
             block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, keys))
             masked = jnp.arange(block_k) >= valid[..., None]
-            bias = jnp.where(masked, _MASKED, 0.0).reshape(together, -1)
+            bias = jnp.where(masked, MASKED, 0.0).reshape(together, -1)
             k_group, v_group = (
                 x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
                 for x in (k_blocks, v_blocks)

@@ -1,6 +1,7 @@
 """The one list of cases that every implementation runs, and what counts as right."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +10,15 @@ from jax import Array
 
 from pallas_kernels import reference
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
+from pallas_kernels.dispatch import Request, backend
 
-IMPLEMENTATIONS = ("xla",)
-"""Everything but the oracle; a new backend adds its name here."""
+IMPLEMENTATIONS = ("xla", "triton")
+"""Everything but the oracle that runs, or is interpreted, without an accelerator."""
+
+
+def how(implementation: str) -> dict[str, Any]:
+    """Keyword arguments of a kernel call that runs `implementation` on the CPU."""
+    return {"implementation": implementation, "interpret": implementation not in ("xla", "reference")}
 
 
 @dataclass(frozen=True)
@@ -32,6 +39,12 @@ class Case:
     ragged: bool = False
     """Give every key block a random valid count, some of them 0."""
     index_dtype: str = "uint16"
+
+    def served(self, implementation: str, kernel: str) -> bool:
+        """Whether `implementation` says that it can serve the case."""
+        blocks = {} if kernel == "flash_attention" else {"block_q": self.block_q, "block_k": self.block_k}
+        request = Request(kernel, jnp.dtype(self.dtype), self.head_dim, **blocks, interpret=True)
+        return backend(implementation).unsupported(request) is None
 
 
 CASES = (

@@ -98,6 +98,17 @@ BREAK: dict[str, tuple[Callable[[Path], object], str]] = {
         lambda t: (shard(t), edit_json(t / INDEX, weight_map={"proj_out.bias": "../../secret.safetensors"})),
         "leaves the checkpoint's folder",
     ),
+    "link": (
+        lambda t: (
+            (t / SINGLE).rename(t.parent / "secret"),
+            (t / SINGLE).symlink_to(t.parent / "secret"),
+        ),
+        "leaves the checkpoint's folder",
+    ),
+    "quantised": (
+        lambda t: edit_weights(t, lambda w: w.update({"proj_out.bias": w["proj_out.bias"].astype(np.int8)})),
+        "is I8; supported are BF16, F16, F32",
+    ),
     "index": (lambda t: (shard(t), edit_json(t / INDEX, weight_map={"proj_out.bias": "a.safetensors"})), "disagree"),
 }
 

@@ -8,7 +8,7 @@ import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from models.schedulers import FlowMatchEuler
-from tests.models.hunyuan import relative_error
+from tests.relative_error import relative_error
 
 CONFIG = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 7.0}
 

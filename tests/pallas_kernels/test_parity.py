@@ -7,20 +7,24 @@ import pytest
 import torch
 
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention
-from tests.kernel_cases import CASES, IMPLEMENTATIONS, Case, assert_attention, operands
+from tests.kernel_cases import CASES, IMPLEMENTATIONS, Case, assert_attention, how, operands
 
 each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 
 
+def skip_unserved(case: Case, implementation: str, kernel: str) -> None:
+    if not case.served(implementation, kernel):
+        pytest.skip(f"{implementation} does not serve D = {case.head_dim}, blocks {case.block_q} x {case.block_k}")
+
+
 @each
 @every
 def test_flash_attention(case: Case, implementation) -> None:
+    skip_unserved(case, implementation, "flash_attention")
     x = operands(case)
     valid = None if case.keys % case.block_k else x.block_valid
-    run = jax.jit(
-        lambda q, k, v, b: flash_attention(q, k, v, block_valid=b, return_lse=True, implementation=implementation)
-    )
+    run = jax.jit(lambda q, k, v, b: flash_attention(q, k, v, block_valid=b, return_lse=True, **how(implementation)))
     whole = x.__class__(x.q, x.k, x.v, valid, None, x.indices, x.counts)
     assert_attention(case, whole, run(x.q, x.k, x.v, valid), selected=False)
 
@@ -28,8 +32,9 @@ def test_flash_attention(case: Case, implementation) -> None:
 @each
 @every
 def test_block_sparse_attention(case: Case, implementation) -> None:
+    skip_unserved(case, implementation, "block_sparse_attention")
     x = operands(case)
-    blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_lse": True, "implementation": implementation}
+    blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_lse": True, **how(implementation)}
     run = jax.jit(lambda *a, b: block_sparse_attention(*a, block_valid=b, **blocks))
     assert_attention(case, x, run(x.q, x.k, x.v, x.indices, x.counts, b=x.block_valid), selected=True)
 
@@ -37,12 +42,13 @@ def test_block_sparse_attention(case: Case, implementation) -> None:
 @each
 @every
 def test_block_mass(case: Case, implementation) -> None:
+    skip_unserved(case, implementation, "block_mass")
     x = operands(case)
     valid = {"block_valid": x.block_valid, "query_valid": x.query_valid}
     blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_row_sum": True}
     # An older LSE: off by a little everywhere, -inf in one row.
     lse = jax.random.normal(jax.random.key(0), x.q.shape[:3]).at[0, 0, 0].set(-jnp.inf) * 0.1 + 5.0
-    mass, row_sum = jax.jit(lambda q, k, s: block_mass(q, k, s, **blocks, **valid, implementation=implementation))(
+    mass, row_sum = jax.jit(lambda q, k, s: block_mass(q, k, s, **blocks, **valid, **how(implementation)))(
         x.q, x.k, lse
     )
     expected, expected_sum = block_mass(x.q, x.k, lse, **blocks, **valid, implementation="reference")
@@ -67,7 +73,7 @@ def test_mass_of_a_block_row_is_its_number_of_valid_rows(implementation) -> None
         block_k=64,
         block_valid=x.block_valid,
         query_valid=x.query_valid,
-        implementation=implementation,
+        **how(implementation),
     )
     rows = jnp.clip(x.query_valid, 0, jnp.array([64, 64, 64, 64, 64, 13]))
     np.testing.assert_allclose(mass.sum(-1), jnp.broadcast_to(rows[:, None], mass.shape[:3]), rtol=1e-4)
@@ -90,7 +96,7 @@ def test_what_was_not_selected_is_not_read(implementation) -> None:
     unused = (jnp.arange(512) // 64 != 3) & (jnp.arange(512) // 64 != 5)
     poison = lambda a: jnp.where(unused[:, None], jnp.nan, a)
     run = lambda k, v, i: block_sparse_attention(
-        x.q, k, v, i, counts, block_q=64, block_k=64, return_lse=True, implementation=implementation
+        x.q, k, v, i, counts, block_q=64, block_k=64, return_lse=True, **how(implementation)
     )
     clean, poisoned = run(x.k, x.v, indices[..., :2]), run(poison(x.k), poison(x.v), indices)
     for a, b in zip(clean, poisoned, strict=True):
@@ -102,7 +108,7 @@ def test_what_was_not_selected_is_not_read(implementation) -> None:
 def test_used_indices_out_of_range_select_nothing(implementation) -> None:
     x = operands(Case("plain"))
     run = lambda i, c: block_sparse_attention(
-        x.q, x.k, x.v, i, jnp.full_like(x.counts, c), block_q=64, block_k=64, implementation=implementation
+        x.q, x.k, x.v, i, jnp.full_like(x.counts, c), block_q=64, block_k=64, **how(implementation)
     )
     bad = jnp.broadcast_to(jnp.array([-1, 2, 4, 99]), (1, 2, 4, 4))
     np.testing.assert_allclose(run(bad, 4), run(bad[..., 1:2], 1), rtol=1e-6, atol=1e-6)
@@ -111,7 +117,7 @@ def test_used_indices_out_of_range_select_nothing(implementation) -> None:
 @every
 def test_extreme_scores_stay_finite(implementation) -> None:
     x = operands(Case("plain"))
-    out, lse = flash_attention(x.q * 1e3, x.k * 10, x.v, return_lse=True, implementation=implementation)
+    out, lse = flash_attention(x.q * 1e3, x.k * 10, x.v, return_lse=True, **how(implementation))
     assert jnp.isfinite(out).all()
     assert jnp.isfinite(lse).all()
     assert lse.max() > 1e4
@@ -124,9 +130,9 @@ def test_memory_is_linear_in_the_sequence(implementation) -> None:
         lse = jax.ShapeDtypeStruct((1, 2, n), jnp.float32)
         indices = jax.ShapeDtypeStruct((1, 2, n // 64, n // 320), jnp.uint16)
         counts = jax.ShapeDtypeStruct((1, 2, n // 64), jnp.int32)
-        blocks = {"block_q": 64, "block_k": 64, "implementation": implementation}
+        blocks = {"block_q": 64, "block_k": 64, **how(implementation)}
         lowered = (
-            jax.jit(lambda q: flash_attention(q, q, q, implementation=implementation)).lower(q),
+            jax.jit(lambda q: flash_attention(q, q, q, **how(implementation))).lower(q),
             jax.jit(lambda q, s: block_mass(q, q, s, **blocks)).lower(q, lse),
             jax.jit(lambda q, i, c: block_sparse_attention(q, q, q, i, c, **blocks)).lower(q, indices, counts),
         )
@@ -144,7 +150,7 @@ def test_work_follows_the_counts(implementation) -> None:
     x = operands(Case("plain"))
     nan = jnp.full_like(x.k, jnp.nan)
     out = block_sparse_attention(
-        x.q, nan, nan, x.indices, jnp.zeros_like(x.counts), block_q=64, block_k=64, implementation=implementation
+        x.q, nan, nan, x.indices, jnp.zeros_like(x.counts), block_q=64, block_k=64, **how(implementation)
     )
     np.testing.assert_array_equal(out, 0)
 

@@ -1,0 +1,97 @@
+"""Which implementation serves a call."""
+
+import functools
+import importlib
+import logging
+from dataclasses import dataclass
+from types import ModuleType
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+
+Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
+# Each module has the three kernels and `unsupported(request) -> reason or None`; imported when first asked for.
+_MODULES = {
+    "reference": "reference",
+    "xla": "xla",
+    "triton": "triton",
+    "mosaic_gpu": "mosaic_gpu",
+    "jax_triton": "jax_triton",
+}
+_BEST = {"gpu": ("mosaic_gpu", "triton", "xla"), "cpu": ("xla",)}
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an implementation needs to know of a call to say whether it can serve it."""
+
+    kernel: Literal["flash_attention", "block_mass", "block_sparse_attention"]
+    dtype: Any
+    head_dim: int
+    block_q: int | None = None
+    block_k: int | None = None
+    interpret: bool = False
+
+
+def backend(name: str) -> ModuleType:
+    """The module of an implementation; NotImplementedError if it is not part of this version or lacks a package."""
+    if name not in _MODULES:
+        raise NotImplementedError(
+            f"implementation={name!r} is not part of this version; available: {', '.join(_MODULES)}"
+        )
+    return importlib.import_module(f"pallas_kernels.{_MODULES[name]}")
+
+
+@functools.cache
+def gpu_capability() -> str | None:
+    """Compute capability of the default GPU, such as "9.0"; None without one."""
+    if jax.default_backend() != "gpu":
+        return None
+    return getattr(jax.devices()[0], "compute_capability", None)
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    logging.getLogger("pallas_kernels").warning(message)
+
+
+def choose(implementation: Implementation | None, request: Request) -> tuple[Implementation, ModuleType]:
+    """The named implementation, or for None the best that can serve `request` on the default platform.
+
+    Raises ValueError for an unknown name and NotImplementedError, with the reason, where a named one cannot serve.
+    """
+    if implementation is not None:
+        if implementation not in get_args(Implementation):
+            names = ", ".join(get_args(Implementation))
+            raise ValueError(f"{implementation=} is unknown; choose one of {names}, or None")
+        module = backend(implementation)
+        if reason := module.unsupported(request):
+            raise NotImplementedError(f"{implementation=} cannot run {request.kernel}: {reason}")
+        return implementation, module
+    names = _BEST.get(jax.default_backend(), ("xla",))
+    reasons = []
+    for name in names:
+        module = backend(name)
+        reason = module.unsupported(request)
+        if reason is None:
+            if name == "xla" and reasons:
+                _say_once(f"{request.kernel} runs on slow XLA ({'; '.join(reasons)})")
+            return name, module  # type: ignore[return-value]
+        reasons.append(f"{name}: {reason}")
+    raise AssertionError("xla serves every call")
+
+
+def resolve_implementation(
+    implementation: Implementation | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    head_dim: int = 128,
+    block_size: int = 64,
+) -> Implementation:
+    """The implementation that block-sparse attention of these shapes runs on the default platform.
+
+    Raises ValueError for an unknown name and NotImplementedError for one that cannot serve.
+    """
+    request = Request("block_sparse_attention", jnp.dtype(dtype), head_dim, block_size, block_size)
+    return choose(implementation, request)[0]
