@@ -16,6 +16,7 @@ PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
 	touch $@ .venv/demo
 
 demo: .venv/demo
+	mkdir -p out
 	$(BIN)/python -m convert models/demo/checkpoint out/demo-checkpoint --overwrite
 	$(BIN)/python -m models.sample --checkpoint out/demo-checkpoint $(PROMPTS) --compare --steps 40 --sparsity 0.8 --out out/demo
 

@@ -53,9 +53,9 @@ def _attention_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: in
         acc, m, total = carry
         start, inside = j * tile, None
         if sparse:
-            chosen = ref["indices"][j // parts].astype(jnp.int32)
+            chosen = ref["indices"][lax.div(j, parts)].astype(jnp.int32)
             inside = (chosen >= 0) & (chosen < blocks)
-            start = jnp.where(inside, chosen, 0) * block + (j % parts) * tile
+            start = jnp.where(inside, chosen, 0) * block + lax.rem(j, parts) * tile
         keys = pl.ds(start, tile)
         s = _dot(q, ref["k"][keys, :], 1) * scale
         if "bias" in ref:
