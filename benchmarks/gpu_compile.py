@@ -76,9 +76,7 @@ def triton_report(lowered: jax.stages.Lowered, arch: str) -> list[dict[str, Any]
         config = ir.DictAttr(call.attributes["mhlo.backend_config"])
         number = lambda key, config=config: ir.IntegerAttr(config[key]).value
         warps, stages = number("num_warps"), number("num_stages")
-        made = triton.compile(
-            "CUDA", config["ir"].value_bytes, arch, num_warps=warps, num_ctas=1, num_stages=stages
-        )
+        made = triton.compile("CUDA", config["ir"].value_bytes, arch, num_warps=warps, num_ctas=1, num_stages=stages)
         rows.append(
             {"name": config["name"].value, "arch": arch, "num_warps": warps, "num_stages": stages}
             | run_ptxas(made.asm)
@@ -90,3 +88,10 @@ def triton_report(lowered: jax.stages.Lowered, arch: str) -> list[dict[str, Any]
             }
         )
     return rows
+
+
+def topology(target_config: str, shape: str = "1x1x1") -> Any:
+    """Devices of a GPU that is not there, for ahead-of-time compiles."""
+    from jax.experimental import topologies
+
+    return topologies.get_topology_desc(platform="cuda", topology_name="", topology=shape, target_config=target_config)

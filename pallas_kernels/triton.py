@@ -35,14 +35,20 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def _dot(a: Array, b: Array, axis: int) -> Array:
-    """float32 a [M, K] times b, contracted over `axis` of b; full float32 products for float32 inputs."""
-    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else None
-    b = b.T if axis == 1 else b
+def _precision(dtype: Any, interpret: bool) -> Any:
+    """Products of float32 inputs in three TF32 parts: float32's accuracy at the speed of the tensor cores."""
+    if jnp.dtype(dtype) != jnp.float32:
+        return lax.Precision.DEFAULT
+    return lax.Precision.HIGHEST if interpret else lax.DotAlgorithmPreset.TF32_TF32_F32_X3
+
+
+def _dot(a: Array, b: Array, precision: Any) -> Array:
     return lax.dot(a, b, precision=precision, preferred_element_type=jnp.float32)
 
 
-def _attention_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: int, block: int, blocks: int) -> None:
+def _attention_kernel(
+    *refs: Any, names: tuple[str, ...], scale: float, precision: Any, tile: int, block: int, blocks: int
+) -> None:
     """One query tile. Refs: q, out [R, D], k, v [N, D], lse [R]; bias [N], indices [kmax], counts [1] where named."""
     ref = dict(zip(names, refs, strict=True))
     q = ref["q"][...]
@@ -57,14 +63,14 @@ def _attention_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: in
             inside = (chosen >= 0) & (chosen < blocks)
             start = jnp.where(inside, chosen, 0) * block + lax.rem(j, parts) * tile
         keys = pl.ds(start, tile)
-        s = _dot(q, ref["k"][keys, :], 1) * scale
+        s = _dot(q, ref["k"][keys, :].T, precision) * scale
         if "bias" in ref:
             s = s + ref["bias"][keys][None, :]
         m_new = jnp.maximum(m, s.max(1))
         # A block out of range selects nothing, at no cost per score: exp2(s - inf) = 0.
         p = jnp.exp2(s - (m_new if inside is None else jnp.where(inside, m_new, jnp.inf))[:, None])
         shrink = jnp.exp2(m - m_new)
-        acc = acc * shrink[:, None] + _dot(p.astype(q.dtype), ref["v"][keys, :], 0)
+        acc = acc * shrink[:, None] + _dot(p.astype(q.dtype), ref["v"][keys, :], precision)
         return acc, m_new, total * shrink + p.sum(1)
 
     rows = q.shape[0]
@@ -75,7 +81,9 @@ def _attention_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: in
     ref["lse"][...] = jnp.where(total > 0, (m + jnp.log2(safe)) / _LOG2E, -jnp.inf)
 
 
-def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: int, block: int, group: int) -> None:
+def _mass_kernel(
+    *refs: Any, names: tuple[str, ...], scale: float, precision: Any, tile: int, block: int, group: int
+) -> None:
     """One query tile of `group` blocks. Refs: q [R, D], k [N, D], lse, weight, row_sum [R], mass [group, nk]; bias."""
     ref = dict(zip(names, refs, strict=True))
     q, weight = ref["q"][...], ref["weight"][...]
@@ -87,7 +95,7 @@ def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, tile: int, bl
         part = jnp.zeros(q.shape[0], jnp.float32)
         for i in range(block // tile):
             keys = pl.ds(j * block + i * tile, tile)
-            s = _dot(q, ref["k"][keys, :], 1) * scale
+            s = _dot(q, ref["k"][keys, :].T, precision) * scale
             if "bias" in ref:
                 s = s + ref["bias"][keys][None, :]
             part = part + jnp.exp2(s - shift).sum(1)
@@ -161,6 +169,7 @@ def _attention(
         },
         grid=(rows // tile_q, batch * heads),
         scale=scale * _LOG2E,
+        precision=_precision(q.dtype, interpret),
         tile=tile_k,
         block=block_k,
         blocks=keys // block_k,
@@ -265,6 +274,7 @@ def block_mass(
         },
         grid=(tiles, batch * heads),
         scale=scale * _LOG2E,
+        precision=_precision(q.dtype, interpret),
         tile=tile_k,
         block=block_k,
         group=group,

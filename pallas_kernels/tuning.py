@@ -46,3 +46,24 @@ def triton_tuning(kernel: Kernel, dtype: Any, head_dim: int) -> TritonTuning:
     if head_dim > 128:
         return TritonTuning(tile_q=64, tile_k=32, num_warps=8, num_stages=2)
     return TritonTuning(tile_q=128, tile_k=64, num_warps=8, num_stages=3)
+
+
+@dataclass(frozen=True)
+class MosaicGpuTuning:
+    """One Hopper kernel's key tile and pipeline depth; the query tile follows from the query block."""
+
+    tile_k: int
+    """Keys of one step; a key block of more keys is split."""
+    stages: int
+    """Key tiles in shared memory at a time."""
+    groups: int = 2
+    """Consumer warpgroups of the block-mass kernel, of 64 rows each."""
+
+
+def mosaic_gpu_tuning(kernel: Kernel, head_dim: int, block_q: int = 128, block_k: int = 128) -> MosaicGpuTuning:
+    """Defaults of the Hopper kernels."""
+    if kernel == "block_sparse" and block_q == 64:
+        # Little shared memory, so that two or three programs share a multiprocessor.
+        return MosaicGpuTuning(tile_k=min(block_k, 128), stages=1)
+    tile = min(block_k, 128)
+    return MosaicGpuTuning(tile_k=tile, stages=2 if tile * head_dim == 128 * 128 else 4)

@@ -1,0 +1,105 @@
+"""The kernels compiled and run on a GPU: `pytest -m gpu`. The same cases as everywhere, in each dtype they serve."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention, resolve_implementation
+from pallas_kernels.dispatch import Request, choose
+from tests.kernel_cases import CASES, Case, assert_attention, operands
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
+]
+FULL = Case("full blocks", rows=1024, keys=1024, head_dim=128, block_q=128, block_k=128)
+GPU_CASES = (
+    *CASES,
+    FULL,
+    dataclasses.replace(FULL, name="full blocks of 64", block_q=64, block_k=64, heads=3),
+    dataclasses.replace(FULL, name="128 rows, 64 keys", block_k=64, ragged=True, batch=2),
+    dataclasses.replace(FULL, name="blocks of 256", block_q=256, block_k=256, rows=1000, keys=900, ragged=True),
+    dataclasses.replace(FULL, name="long", block_q=64, block_k=64, rows=5000, keys=9000, heads=1, density=0.2),
+)
+each = pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
+dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+every = pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu", "jax_triton"])
+
+
+def prepare(case: Case, dtype: str, implementation: str, kernel: str) -> Case:
+    """The case in `dtype`, or a skip; memory that outputs may get is filled with NaN before."""
+    case = dataclasses.replace(case, dtype=dtype)
+    blocks = {} if kernel == "flash_attention" else {"block_q": case.block_q, "block_k": case.block_k}
+    try:
+        choose(implementation, Request(kernel, jnp.dtype(dtype), case.head_dim, **blocks))  # type: ignore[arg-type]
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+    jax.block_until_ready([jnp.full((1 << 20,), jnp.nan) for _ in range(16)])
+    return case
+
+
+@each
+@dtypes
+@every
+def test_flash_attention(case: Case, dtype: str, implementation) -> None:
+    case = prepare(case, dtype, implementation, "flash_attention")
+    x = operands(case)
+    valid = None if case.keys % case.block_k else x.block_valid
+    run = jax.jit(
+        lambda q, k, v, b: flash_attention(q, k, v, block_valid=b, return_lse=True, implementation=implementation)
+    )
+    whole = dataclasses.replace(x, block_valid=valid)
+    assert_attention(case, whole, run(x.q, x.k, x.v, valid), selected=False, epsilon=4e-6)
+
+
+@each
+@dtypes
+@every
+def test_block_sparse_attention(case: Case, dtype: str, implementation) -> None:
+    case = prepare(case, dtype, implementation, "block_sparse_attention")
+    x = operands(case)
+    blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_lse": True, "implementation": implementation}
+    run = jax.jit(lambda *a, b: block_sparse_attention(*a, block_valid=b, **blocks))
+    # Entries past the counts hold what would fault or read elsewhere.
+    past = jnp.arange(x.indices.shape[-1]) >= x.counts[..., None]
+    poisoned = jnp.where(past, jnp.iinfo(x.indices.dtype).max, x.indices)
+    got = run(x.q, x.k, x.v, poisoned, x.counts, b=x.block_valid)
+    assert_attention(case, x, got, selected=True, epsilon=4e-6)
+    clean = run(x.q, x.k, x.v, jnp.where(past, 0, x.indices), x.counts, b=x.block_valid)
+    jax.tree.map(np.testing.assert_array_equal, got, clean)
+
+
+@each
+@dtypes
+@every
+def test_block_mass(case: Case, dtype: str, implementation) -> None:
+    case = prepare(case, dtype, implementation, "block_mass")
+    x = operands(case)
+    valid = {"block_valid": x.block_valid, "query_valid": x.query_valid}
+    blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_row_sum": True}
+    lse = jax.random.normal(jax.random.key(0), x.q.shape[:3]).at[0, 0, 0].set(-jnp.inf) * 0.1 + 5.0
+    run = lambda name: jax.jit(lambda q, k, s: block_mass(q, k, s, **blocks, **valid, implementation=name))
+    # The inputs are exact in every dtype here, so that only sums and exponentials round.
+    for got, expected in zip(run(implementation)(x.q, x.k, lse), run("reference")(x.q, x.k, lse), strict=True):
+        np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
+
+
+def test_used_indices_out_of_range_select_nothing() -> None:
+    case = dataclasses.replace(FULL, dtype="bfloat16", block_q=64, block_k=64, rows=256, keys=256)
+    x = operands(case)
+    for implementation in ("triton", "mosaic_gpu"):
+        run = lambda i, c, name=implementation: block_sparse_attention(
+            x.q, x.k, x.v, i, jnp.full_like(x.counts, c), block_q=64, block_k=64, implementation=name
+        )
+        bad = jnp.broadcast_to(jnp.array([-1, 2, 4, 99]), (1, 2, 4, 4))
+        np.testing.assert_array_equal(run(bad, 4), run(bad[..., 1:2], 1))
+
+
+def test_the_best_implementation_is_the_default() -> None:
+    best = "mosaic_gpu" if getattr(jax.devices()[0], "compute_capability", "") == "9.0" else "triton"
+    assert resolve_implementation() == best
+    assert resolve_implementation(dtype="float32") == "triton"
+    assert resolve_implementation(head_dim=40) == "xla"
