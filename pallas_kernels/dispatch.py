@@ -40,7 +40,13 @@ def backend(name: str) -> ModuleType:
         raise NotImplementedError(
             f"implementation={name!r} is not part of this version; available: {', '.join(_MODULES)}"
         )
-    return importlib.import_module(f"pallas_kernels.{_MODULES[name]}")
+    try:
+        return importlib.import_module(f"pallas_kernels.{_MODULES[name]}")
+    except ImportError as error:
+        raise NotImplementedError(
+            f"implementation={name!r} needs a package that is not installed ({error}); "
+            "pip install 'adaspa_jax[gpu]' and, for jax_triton, jax-triton"
+        ) from error
 
 
 @functools.cache

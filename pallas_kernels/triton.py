@@ -16,6 +16,7 @@ from jax.experimental.pallas import triton as plt
 
 from pallas_kernels.blocks import block_count, expand_valid, key_bias, pad_tokens
 from pallas_kernels.dispatch import Request, gpu_capability
+from pallas_kernels.triton_padding import padded_dense, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 _LOG2E = math.log2(math.e)
@@ -25,8 +26,8 @@ _FLOOR = -1e30
 
 def unsupported(request: Request) -> str | None:
     """Why the call cannot run here, or None."""
-    if request.head_dim < 16 or request.head_dim > 256 or request.head_dim & (request.head_dim - 1):
-        return f"head_dim={request.head_dim} must be a power of two from 16 to 256"
+    if request.head_dim < 16 or request.head_dim > 128 or request.head_dim & (request.head_dim - 1):
+        return f"head_dim={request.head_dim} must be a power of two from 16 to 128"
     if any(block is not None and block < 16 for block in (request.block_q, request.block_k)):
         return f"block_q={request.block_q}, block_k={request.block_k} must be at least 16"
     capability = gpu_capability()
@@ -81,26 +82,19 @@ def _attention_kernel(
     ref["lse"][...] = jnp.where(total > 0, (m + jnp.log2(safe)) / _LOG2E, -jnp.inf)
 
 
-def _mass_kernel(
-    *refs: Any, names: tuple[str, ...], scale: float, precision: Any, tile: int, block: int, group: int
-) -> None:
-    """One query tile of `group` blocks. Refs: q [R, D], k [N, D], lse, weight, row_sum [R], mass [group, nk]; bias."""
+def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, precision: Any, tile: int, group: int) -> None:
+    """One query tile of `group` blocks. Refs: q [R, D], k [N, D], shift, weight, row_sum [R], mass [group, tiles]."""
     ref = dict(zip(names, refs, strict=True))
-    q, weight = ref["q"][...], ref["weight"][...]
-    # A row of LSE -inf has no valid key: exp2(s - inf) = 0.
-    lse = ref["lse"][...]
-    shift = jnp.where(lse == -jnp.inf, jnp.inf, lse * _LOG2E)[:, None]
+    q, weight, shift = ref["q"][...], ref["weight"][...], ref["shift"][...][:, None]
 
     def step(j: Array, row_sum: Array) -> Array:
-        part = jnp.zeros(q.shape[0], jnp.float32)
-        for i in range(block // tile):
-            keys = pl.ds(j * block + i * tile, tile)
-            s = _dot(q, ref["k"][keys, :].T, precision) * scale
-            if "bias" in ref:
-                s = s + ref["bias"][keys][None, :]
-            part = part + jnp.exp2(s - shift).sum(1)
-        ref["mass"][:, j] = (part * weight).reshape(group, -1).sum(1)
-        return row_sum + part
+        keys = pl.ds(j * tile, tile)
+        s = _dot(q, ref["k"][keys, :].T, precision) * scale
+        if "bias" in ref:
+            s = s + ref["bias"][keys][None, :]
+        seen = jnp.exp2(s - shift).sum(1)
+        ref["mass"][:, j] = (seen * weight).reshape(group, -1).sum(1)
+        return row_sum + seen
 
     ref["row_sum"][...] = lax.fori_loop(0, ref["mass"].shape[1], step, jnp.zeros(q.shape[0], jnp.float32))
 
@@ -180,50 +174,8 @@ def _attention(
     return out.reshape(q.shape), lse.reshape(batch, heads, rows)
 
 
-def flash_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    block_valid: Array | None,
-    block_k: int,
-    scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
-) -> tuple[Array, Array]:
-    """Dense attention; see `pallas_kernels.flash_attention`."""
-    rows, keys = q.shape[2], k.shape[2]
-    tuning = tuning or triton_tuning("dense", q.dtype, q.shape[3])
-    q, k, v = pad_tokens(q, tuning.tile_q), pad_tokens(k, tuning.tile_k), pad_tokens(v, tuning.tile_k)
-    bias = key_bias(block_valid, q.shape[0], block_k, keys, k.shape[2])
-    blocks = {"block_q": tuning.tile_q, "block_k": tuning.tile_k}
-    out, lse = _attention(q, k, v, bias, None, **blocks, scale=scale, tuning=tuning, interpret=interpret)
-    return out[:, :, :rows], lse[:, :, :rows]
-
-
-def block_sparse_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    indices: Array,
-    counts: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
-) -> tuple[Array, Array]:
-    """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    rows, keys = q.shape[2], k.shape[2]
-    tuning = tuning or triton_tuning("block_sparse", q.dtype, q.shape[3])
-    q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
-    bias = key_bias(block_valid, q.shape[0], block_k, keys, k.shape[2])
-    table = indices, jnp.clip(counts, 0, indices.shape[3])
-    blocks = {"block_q": block_q, "block_k": block_k}
-    out, lse = _attention(q, k, v, bias, table, **blocks, scale=scale, tuning=tuning, interpret=interpret)
-    return out[:, :, :rows], lse[:, :, :rows]
+flash_attention = functools.partial(padded_dense, _attention)
+block_sparse_attention = functools.partial(padded_sparse, _attention)
 
 
 def block_mass(
@@ -249,14 +201,16 @@ def block_mass(
     weight = expand_valid(query_valid, batch, block_q, rows).astype(jnp.float32)
     bias = key_bias(block_valid, batch, block_k, keys, nk * block_k)
     step = max(block_q, tile_q)
-    q, k, lse = pad_tokens(q, step), pad_tokens(k, block_k), pad_tokens(lse, step)
-    padded = q.shape[2]
+    # A row of LSE -inf has no valid key: exp2(s - inf) = 0.
+    shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2E)
+    q, k, shift = pad_tokens(q, step), pad_tokens(k, block_k), pad_tokens(shift, step)
+    padded, key_tiles = q.shape[2], nk * block_k // tile_k
     tiles, flat = padded // tile_q, lambda x: x.reshape(batch * heads, *x.shape[2:])
     row = pl.BlockSpec((None, tile_q), lambda i, h: (h, i))
     inputs = {
         "q": (flat(q), pl.BlockSpec((None, tile_q, dim), lambda i, h: (h, i, 0))),
         "k": (flat(k), pl.BlockSpec((None, nk * block_k, dim), lambda i, h: (h, 0, 0))),
-        "lse": (flat(lse), row),
+        "shift": (flat(shift), row),
         "weight": (
             jnp.pad(weight, ((0, 0), (0, padded - rows))),
             pl.BlockSpec((None, tile_q), lambda i, h: (h // heads, i)),
@@ -269,19 +223,18 @@ def block_mass(
         _mass_kernel,
         inputs,
         {
-            "mass": (shape(tiles * group, nk), pl.BlockSpec((None, group, nk), lambda i, h: (h, i, 0))),
+            "mass": (shape(tiles * group, key_tiles), pl.BlockSpec((None, group, key_tiles), lambda i, h: (h, i, 0))),
             "row_sum": (shape(padded), row),
         },
         grid=(tiles, batch * heads),
         scale=scale * _LOG2E,
         precision=_precision(q.dtype, interpret),
         tile=tile_k,
-        block=block_k,
         group=group,
         tuning=tuning,
         interpret=interpret,
         name="block_mass",
     )
     # Tiles smaller than a block add up.
-    mass = mass.reshape(batch, heads, -1, max(1, block_q // tile_q), nk).sum(3)
+    mass = mass.reshape(batch, heads, -1, max(1, block_q // tile_q), nk, block_k // tile_k).sum((3, 5))
     return mass[:, :, :nq], row_sum.reshape(batch, heads, padded)[:, :, :rows]

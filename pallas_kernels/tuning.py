@@ -42,10 +42,11 @@ class TritonTuning:
 def triton_tuning(kernel: Kernel, dtype: Any, head_dim: int) -> TritonTuning:
     """Defaults of the Triton kernels; none of them spills on sm_80 or sm_90 (benchmarks.gpu --compile-only)."""
     if jnp.dtype(dtype).itemsize == 4:
-        return TritonTuning(tile_q=32, tile_k=32, num_warps=4, num_stages=2)
-    if head_dim > 128:
-        return TritonTuning(tile_q=64, tile_k=32, num_warps=8, num_stages=2)
-    return TritonTuning(tile_q=128, tile_k=64, num_warps=8, num_stages=3)
+        mass = kernel == "block_mass"
+        return TritonTuning(tile_q=32, tile_k=16 if mass else 32, num_warps=4 if mass else 8, num_stages=2)
+    if kernel == "block_mass":
+        return TritonTuning(tile_q=128, tile_k=128, num_warps=8, num_stages=2)
+    return TritonTuning(tile_q=64, tile_k=64, num_warps=4, num_stages=3)
 
 
 @dataclass(frozen=True)

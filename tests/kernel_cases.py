@@ -1,6 +1,7 @@
 """The one list of cases that every implementation runs, and what counts as right."""
 
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,8 @@ from pallas_kernels import reference
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
 from pallas_kernels.dispatch import Request, backend
 
-IMPLEMENTATIONS = ("xla", "triton")
+# Triton's interpreter has to be chosen before its first import: test_jax_triton starts a process that does.
+IMPLEMENTATIONS = ("jax_triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("xla", "triton")
 """Everything but the oracle that runs, or is interpreted, without an accelerator."""
 
 
