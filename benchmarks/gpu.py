@@ -113,7 +113,9 @@ def _figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str,
     return {"ms": 1e3 * took, "tflops": work / took, "note": ""}
 
 
-def ours(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:
+def ours(
+    tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any, densities: list[float]
+) -> Iterator[dict[str, Any]]:
     """Dense with LSE, block mass, and block-sparse at each density."""
     work = 4e-12 * HEADS * tokens**2 * HEAD_DIM
     head = {"tokens": tokens, "implementation": implementation}
@@ -124,7 +126,7 @@ def ours(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: An
         blocks = {"block_q": block, "block_k": block, "implementation": implementation}
         mass = lambda q, k, v, lse=lse, blocks=blocks: block_mass(q, k, lse, return_row_sum=True, **blocks)
         yield head | {"kernel": "block_mass", "block": block} | _figures(mass, sets, work / 2)
-        for density in DENSITIES:
+        for density in densities:
             indices, counts = random_lists(tokens, block, density)
             kept = float(counts[0, 0, 0]) / counts.shape[-1]
             sparse = lambda *x, blocks=blocks: block_sparse_attention(*x, return_lse=True, **blocks)
@@ -175,6 +177,18 @@ def gain(rows: list[dict[str, Any]], tokens: int, implementation: str, block: in
     return STEPS * best / sum(cost[StepKind(kind)] for kind in step_kinds(STEPS, default_search_steps(STEPS)))
 
 
+def gain_rows(rows: list[dict[str, Any]], sizes: list[int], implementations: list[str]) -> list[dict[str, Any]]:
+    """`gain` of every size, implementation and block that was measured."""
+    found = []
+    for tokens in sizes:
+        for name in implementations:
+            for block in BLOCKS:
+                factor = gain(rows, tokens, name, block)
+                case = {"tokens": tokens, "implementation": name, "block": block}
+                found += [case | {"attention_gain_50_steps": factor}] if factor else []
+    return found
+
+
 def torch_rows(sizes: list[int]) -> list[dict[str, Any]]:
     """SDPA and FlexAttention, in a process of its own: torch and jax would share the memory."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
@@ -207,31 +221,31 @@ def device() -> dict[str, str]:
     return {"device": name, "driver": driver, "jax": jax.__version__, "date": time.strftime("%Y-%m-%d")}
 
 
-def measure(sizes: list[int], implementations: tuple[str, ...], with_torch: bool) -> list[dict[str, Any]]:
-    """All rows of all sizes."""
-    rows: list[dict[str, Any]] = []
+def available(implementation: Any) -> bool:
+    """Whether the implementation runs here; says why not."""
+    try:
+        choose(implementation, Request("block_sparse_attention", jnp.bfloat16, HEAD_DIM, 64, 64))
+    except NotImplementedError as reason:
+        print(reason, flush=True)
+        return False
+    return True
+
+
+def measure(sizes: list[int], implementations: list[str], densities: list[float]) -> Iterator[dict[str, Any]]:
+    """The rows of all sizes, as they are measured."""
     for tokens in sizes:
         sets = inputs(tokens)
-        rows += peers(tokens, sets)
+        yield from peers(tokens, sets)
         for implementation in implementations:
-            try:
-                choose(implementation, Request("block_sparse_attention", jnp.bfloat16, HEAD_DIM, 64, 64))  # type: ignore[arg-type]
-            except NotImplementedError as reason:
-                print(reason)
-                continue
-            rows += ours(tokens, sets, implementation)
-        rows += selection(tokens)
-        print(f"{tokens} tokens done", flush=True)
-    if with_torch:
-        rows += torch_rows(sizes)
-    add_ratios(rows)
-    return rows
+            yield from ours(tokens, sets, implementation, densities)
+        yield from selection(tokens)
 
 
 def main(
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     tokens: Annotated[list[int] | None, typer.Option(help="sequence lengths; repeatable")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="of ours, to time; repeatable")] = None,
+    density: Annotated[list[float] | None, typer.Option(help="of the block lists; repeatable")] = None,
     torch: Annotated[bool, typer.Option(help="time torch's SDPA and FlexAttention too")] = True,
     compile_only_: Annotated[bool, typer.Option("--compile-only", help="compile without a GPU")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="time tile sizes and print a tuning table")] = False,
@@ -245,22 +259,20 @@ def main(
         from benchmarks.gpu_tune import tune_all
 
         return tune_all(json)
-    sizes = list(tokens or SIZES)
-    rows = measure(sizes, tuple(implementation or OURS), torch)
-    peak = ceilings()
-    keys = ("tokens", "implementation", "kernel", "block", "density", "ms", "tflops")
-    keys += ("percent_of_peak", "speedup_over_best_dense", "note")
-    facts = device()
+    sizes, names = tokens or list(SIZES), [name for name in implementation or OURS if available(name)]
+    rows = []
+    for row in measure(sizes, names, density or list(DENSITIES)):
+        rows.append(row)
+        print({key: f"{x:.4g}" if isinstance(x, float) else x for key, x in row.items() if x != ""}, flush=True)
+    if torch:
+        rows += torch_rows(sizes)
+    add_ratios(rows)
+    keys = ("tokens", "implementation", "kernel", "block", "density", "ms", "tflops", "percent_of_peak")
+    keys += ("speedup_over_best_dense", "note")  # type: ignore[assignment]
+    facts, peak = device(), ceilings()
     title = f"bf16, {HEADS} heads, D = {HEAD_DIM}; {facts}; {peak['matrix_tflops']:.0f} TFLOP/s in a matrix product"
     show(title, [{key: row.get(key, "") for key in keys} for row in rows])
-    gains = []
-    for n in sizes:
-        for name in implementation or OURS:
-            for block in BLOCKS:
-                if factor := gain(rows, n, name, block):
-                    gains.append(
-                        {"tokens": n, "implementation": name, "block": block, "attention_gain_50_steps": factor}
-                    )
+    gains = gain_rows(rows, sizes, names)
     if gains:
         show(f"attention of {STEPS} steps at sparsity 0.8, default schedule, over the best dense", gains)
     write_json(json, [facts | peak, *rows, *gains])

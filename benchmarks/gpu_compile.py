@@ -181,9 +181,10 @@ def _pallas_triton(function: Callable[..., Any], arguments: list[Any], arch: str
 
     jax.devices()  # registers the plugin's compiler
     lowered = lower(function, arguments, arch)
-    for operation in _custom_calls(lowered.compiler_ir("stablehlo").operation):
+    module: Any = lowered.compiler_ir("stablehlo")
+    for operation in _custom_calls(module.operation):
         if operation.attributes["call_target_name"].value == "__gpu$xla.gpu.triton":
-            config = ir.DictAttr(operation.attributes["mhlo.backend_config"])
+            config: Any = ir.DictAttr(operation.attributes["mhlo.backend_config"])
             number = lambda key, config=config: ir.IntegerAttr(config[key]).value
             made = triton.compile(
                 "CUDA",
@@ -266,7 +267,7 @@ def compile_rows(arch: str, progress: Callable[[str], None] = lambda text: None)
                         options = (
                             {"compute_capability": int(float(arch) * 10)} if implementation == "jax_triton" else {}
                         )
-                        case = {"block": block, "head_dim": head_dim, "dtype": dtype}
+                        case: dict[str, Any] = {"block": block, "head_dim": head_dim, "dtype": dtype}
                         found = _COMPILE[implementation](*call(implementation, kernel, **case, **options), arch)
                         rows.append({"implementation": implementation, "kernel": kernel, "arch": arch} | case | found)
                         progress(f"{implementation} {kernel} {arch} {case}")

@@ -52,7 +52,7 @@ def cases() -> Iterator[tuple[str, str, int, Any, Any, float]]:
 
 def tune_all(json: Path | None) -> None:
     """Times every candidate; those that do not compile, for want of shared memory, are left out."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, kernel, block, tuning, (run, sets), work in cases():
         try:
             took = seconds(run, *sets, rounds=3)
@@ -63,6 +63,7 @@ def tune_all(json: Path | None) -> None:
             {"implementation": name, "kernel": kernel, "block": block, "tuning": str(tuning)}
             | {"ms": 1e3 * took, "tflops": work / took}
         )
+        print(*rows[-1].values(), flush=True)
     show(f"{TOKENS} tokens, {HEADS} heads, D = {HEAD_DIM}, density {DENSITY}", rows)
     for key in dict.fromkeys((r["implementation"], r["kernel"], r["block"]) for r in rows):
         best = min((r for r in rows if (r["implementation"], r["kernel"], r["block"]) == key), key=lambda r: r["ms"])

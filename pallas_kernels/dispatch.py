@@ -19,7 +19,7 @@ _MODULES = {
     "mosaic_gpu": "mosaic_gpu",
     "jax_triton": "jax_triton",
 }
-_BEST = {"gpu": ("mosaic_gpu", "triton", "xla"), "cpu": ("xla",)}
+_BEST: dict[str, tuple[Implementation, ...]] = {"gpu": ("mosaic_gpu", "triton", "xla"), "cpu": ("xla",)}
 
 
 @dataclass(frozen=True)
@@ -75,15 +75,14 @@ def choose(implementation: Implementation | None, request: Request) -> tuple[Imp
         if reason := module.unsupported(request):
             raise NotImplementedError(f"{implementation=} cannot run {request.kernel}: {reason}")
         return implementation, module
-    names = _BEST.get(jax.default_backend(), ("xla",))
-    reasons = []
-    for name in names:
+    reasons: list[str] = []
+    for name in _BEST.get(jax.default_backend(), ("xla",)):
         module = backend(name)
         reason = module.unsupported(request)
         if reason is None:
             if name == "xla" and reasons:
                 _say_once(f"{request.kernel} runs on slow XLA ({'; '.join(reasons)})")
-            return name, module  # type: ignore[return-value]
+            return name, module
         reasons.append(f"{name}: {reason}")
     raise AssertionError("xla serves every call")
 

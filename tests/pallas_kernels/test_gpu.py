@@ -64,11 +64,12 @@ def test_block_sparse_attention(case: Case, dtype: str, implementation) -> None:
     blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_lse": True, "implementation": implementation}
     run = jax.jit(lambda *a, b: block_sparse_attention(*a, block_valid=b, **blocks))
     # Entries past the counts hold what would fault or read elsewhere.
-    past = jnp.arange(x.indices.shape[-1]) >= x.counts[..., None]
-    poisoned = jnp.where(past, jnp.iinfo(x.indices.dtype).max, x.indices)
+    indices, counts = np.array(x.indices), np.asarray(x.counts)
+    past = np.arange(indices.shape[-1]) >= counts[..., None]
+    poisoned = np.where(past, np.iinfo(indices.dtype).max, indices)
     got = run(x.q, x.k, x.v, poisoned, x.counts, b=x.block_valid)
     assert_attention(case, x, got, selected=True, epsilon=4e-6)
-    clean = run(x.q, x.k, x.v, jnp.where(past, 0, x.indices), x.counts, b=x.block_valid)
+    clean = run(x.q, x.k, x.v, np.where(past, 0, indices).astype(indices.dtype), x.counts, b=x.block_valid)
     jax.tree.map(np.testing.assert_array_equal, got, clean)
 
 
@@ -78,12 +79,15 @@ def test_block_sparse_attention(case: Case, dtype: str, implementation) -> None:
 def test_block_mass(case: Case, dtype: str, implementation) -> None:
     case = prepare(case, dtype, implementation, "block_mass")
     x = operands(case)
-    valid = {"block_valid": x.block_valid, "query_valid": x.query_valid}
+    valid = jax.device_get({"block_valid": x.block_valid, "query_valid": x.query_valid})
     blocks = {"block_q": case.block_q, "block_k": case.block_k, "return_row_sum": True}
-    lse = jax.random.normal(jax.random.key(0), x.q.shape[:3]).at[0, 0, 0].set(-jnp.inf) * 0.1 + 5.0
+    lse = np.random.default_rng(0).normal(5.0, 0.1, x.q.shape[:3]).astype(np.float32)
+    lse[0, 0, 0] = -np.inf
     run = lambda name: jax.jit(lambda q, k, s: block_mass(q, k, s, **blocks, **valid, implementation=name))
     # The inputs are exact in every dtype here, so that only sums and exponentials round.
-    for got, expected in zip(run(implementation)(x.q, x.k, lse), run("reference")(x.q, x.k, lse), strict=True):
+    with jax.default_device(jax.devices("cpu")[0]):
+        right = run("reference")(*jax.device_get((x.q, x.k, lse)))
+    for got, expected in zip(run(implementation)(x.q, x.k, lse), right, strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
 
 
