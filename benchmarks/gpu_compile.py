@@ -111,14 +111,8 @@ def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx)
-        command = [
-            ptxas or cuda_root() / "bin" / "ptxas",
-            "-v",
-            f"-arch={arch[1]}",
-            source,
-            "-o",
-            Path(folder) / "kernel.cubin",
-        ]
+        tool, made = str(ptxas or cuda_root() / "bin" / "ptxas"), f"{folder}/kernel.cubin"
+        command = [tool, "-v", f"-arch={arch[1]}", str(source), "-o", made]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         raise RuntimeError(f"ptxas: {ended.stderr.strip()[:500]}")
@@ -268,7 +262,7 @@ def compile_rows(arch: str, progress: Callable[[str], None] = lambda text: None)
                             {"compute_capability": int(float(arch) * 10)} if implementation == "jax_triton" else {}
                         )
                         case: dict[str, Any] = {"block": block, "head_dim": head_dim, "dtype": dtype}
-                        found = _COMPILE[implementation](*call(implementation, kernel, **case, **options), arch)
+                        found = _COMPILE[implementation](*call(implementation, kernel, **(case | options)), arch)
                         rows.append({"implementation": implementation, "kernel": kernel, "arch": arch} | case | found)
                         progress(f"{implementation} {kernel} {arch} {case}")
     return rows

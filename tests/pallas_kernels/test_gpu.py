@@ -91,15 +91,17 @@ def test_block_mass(case: Case, dtype: str, implementation) -> None:
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
 
 
-def test_used_indices_out_of_range_select_nothing() -> None:
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])
+def test_used_indices_out_of_range_select_nothing(implementation) -> None:
     case = dataclasses.replace(FULL, dtype="bfloat16", block_q=64, block_k=64, rows=256, keys=256)
+    case = prepare(case, case.dtype, implementation, "block_sparse_attention")
     x = operands(case)
-    for implementation in ("triton", "mosaic_gpu"):
-        run = lambda i, c, name=implementation: block_sparse_attention(
-            x.q, x.k, x.v, i, jnp.full_like(x.counts, c), block_q=64, block_k=64, implementation=name
-        )
-        bad = jnp.broadcast_to(jnp.array([-1, 2, 4, 99]), (1, 2, 4, 4))
-        np.testing.assert_array_equal(run(bad, 4), run(bad[..., 1:2], 1))
+    run = lambda i, c: block_sparse_attention(
+        x.q, x.k, x.v, i, jnp.full_like(x.counts, c), block_q=64, block_k=64, implementation=implementation
+    )
+    bad = jnp.broadcast_to(jnp.array([-1, 2, 4, 99]), (1, 2, 4, 4))
+    got, expected = (np.asarray(out, np.float32) for out in (run(bad, 4), run(bad[..., 1:2], 1)))
+    np.testing.assert_allclose(got, expected, atol=0.02)  # a rounding of bfloat16
 
 
 def test_the_best_implementation_is_the_default() -> None:

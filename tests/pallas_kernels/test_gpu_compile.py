@@ -1,0 +1,108 @@
+"""The GPU kernels through the real compilers, with no GPU: no spills, the right units, whole functions ahead of time.
+
+One process an architecture, since Mosaic does not compile for a second one.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.gpu_compile import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
+
+ROOT = Path(__file__).parents[2]
+
+
+def toolkit_missing() -> bool:
+    try:
+        cuda_root()
+    except FileNotFoundError:
+        return True
+    return False
+
+
+pytestmark = pytest.mark.skipif(toolkit_missing(), reason="the CUDA compilers' wheels are for Linux on x86-64 only")
+
+
+def run(*command: str) -> str:
+    ended = subprocess.run(
+        [sys.executable, *command], capture_output=True, text=True, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}
+    )
+    assert ended.returncode == 0, ended.stderr[-3000:]
+    return ended.stdout
+
+
+@pytest.fixture(scope="module", params=sorted(TARGETS))
+def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    file = tmp_path_factory.mktemp("compiled") / "rows.json"
+    run("-m", "benchmarks.gpu_compile", "--arch", request.param, "--json", str(file))
+    return json.loads(file.read_text())
+
+
+def test_every_default_configuration_compiles_without_spills(rows: list[dict[str, Any]]) -> None:
+    arch = rows[0]["arch"]
+    served = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
+    assert sorted({(row["implementation"], row["kernel"]) for row in rows}) == sorted(served)
+    for row in rows:
+        assert row["spill_bytes"] == 0, row
+        assert row["local_memory"] == 0, row
+        assert row["smem_bytes"] <= TARGETS[arch]["shared_memory_per_block_optin"], row
+
+
+def test_every_kernel_uses_the_matrix_units_it_should(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        narrow = row["dtype"] != "float32"
+        if row["arch"] == "8.0" or not narrow:
+            assert row["mma_sync"] + row["wgmma"] > 0, row
+        else:
+            assert row["wgmma"] > 0, row
+            assert row["mma_sync"] == 0, row
+        # Q, and K, and V where there is one.
+        assert (row["tma_loads"] >= 3) == (row["implementation"] == "mosaic_gpu"), row
+
+
+# Whole functions through XLA, ptxas spills being errors; the last one for eight GPUs.
+AHEAD_OF_TIME = """
+import functools, sys
+import benchmarks.gpu_compile as g
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention
+
+implementation, arch = sys.argv[1:]
+g.os.environ["PATH"] += g.os.pathsep + str(g.cuda_root() / "bin")
+
+def attention(q, indices, counts, lse):
+    blocks = {"block_q": 64, "block_k": 64, "implementation": implementation}
+    out, lse = flash_attention(q, q, q, return_lse=True, implementation=implementation)
+    mass = block_mass(q, q, lse, **blocks)
+    return block_sparse_attention(q, q, q, indices, counts, **blocks) + out, mass
+
+shape = lambda batch: [
+    jax.ShapeDtypeStruct((batch, 8, 1000, 128), jnp.bfloat16),
+    jax.ShapeDtypeStruct((batch, 8, 16, 4), jnp.uint16),
+    jax.ShapeDtypeStruct((batch, 8, 16), jnp.int32),
+    jax.ShapeDtypeStruct((batch, 8, 1000), jnp.float32),
+]
+options = {"xla_gpu_fail_ptx_compilation_on_register_spilling": True}
+text = g.lower(attention, shape(2), arch).compile(compiler_options=options).as_text()
+assert "custom-call" in text or "custom_call" in text
+
+mesh = Mesh(np.array(g.devices(arch, 8)).reshape(2, 4), ("data", "heads"))
+spec = P("data", "heads")
+sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 2, check_vma=False)
+arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x in shape(2)]
+lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
+text = lowered.compile(compiler_options=options).as_text()
+assert "all-gather" not in text and "all-to-all" not in text
+print("compiled")
+"""
+
+
+@pytest.mark.parametrize(("implementation", "arch"), [("triton", "8.0"), ("triton", "9.0"), ("mosaic_gpu", "9.0")])
+def test_whole_functions_compile_for_one_and_for_eight_gpus(implementation: str, arch: str) -> None:
+    assert "compiled" in run("-c", AHEAD_OF_TIME, implementation, arch)
