@@ -19,7 +19,9 @@ TRITON = [TritonTuning(*t) for t in ((64, 64, 4, 3), (128, 64, 8, 3), (128, 128,
 def mosaic(kernel: str, block: int) -> list[MosaicGpuTuning]:
     """Candidates of one Hopper kernel."""
     if kernel == "block_mass":
-        return [MosaicGpuTuning(t, s, g) for t in sorted({64, block}) for s in (2, 3) for g in (2, 3, 4)]
+        # Three consumer warpgroups are 9% faster at block 128, but the kernels that run after them may fail
+        # (benchmarks/GPU_NOTES.md).
+        return [MosaicGpuTuning(t, s) for t in sorted({64, block}) for s in (2, 3, 4)]
     return [MosaicGpuTuning(t, s) for t in sorted({64, block}) for s in (1, 2, 3, 4)]
 
 

@@ -18,7 +18,7 @@ from adaspa_jax import History, Report, SparseConfig, StepKind, TokenLayout, den
 from models.demo.words import WordEncoder
 from models.hunyuan_video import HunyuanVideoTransformer
 from models.schedulers import FlowMatchEuler
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, resolve_implementation
 
 Progress = Callable[[int], None]
 
@@ -48,6 +48,8 @@ class Sample:
     seconds: float
     """The sampling scan, compile time apart."""
     compile_seconds: float
+    implementation: Implementation
+    """The kernels that attention ran on."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,13 @@ class HunyuanVideoPipeline:
         jax.effects_barrier()
         report = None if dense else summarize(state, history, layout, config)
         video = np.clip(np.asarray(latents, np.float32), -1, 1)
-        return Sample(video, state, layout, config, report, seconds, compile_seconds)
+        ran = resolve_implementation(
+            implementation,
+            dtype=self.transformer.dtype,
+            head_dim=self.transformer.config.attention_head_dim,
+            block_size=config.block_size,
+        )
+        return Sample(video, state, layout, config, report, seconds, compile_seconds, ran)
 
     def _program(
         self, config: SparseConfig, dense: bool, progress: Progress | None, implementation: Implementation | None

@@ -77,6 +77,7 @@ def _report(prompts: list[str], seed: int, config: SparseConfig, runs: dict[str,
     for name, run in runs.items():
         key = name.lower()
         fields |= {f"{key}_seconds": run.seconds, f"{key}_compile_seconds": run.compile_seconds}
+        fields["implementation"] = run.implementation
     sparse = runs.get("AdaSpa")
     if sparse is not None and sparse.report is not None:
         fields |= {
