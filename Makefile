@@ -1,7 +1,7 @@
 # `make demo` and `make test` need only python3 (3.11 or later): each makes .venv and installs what it uses.
 PYTHON ?= python3
 BIN = .venv/bin
-# The tests bring GPU compilers along; without a GPU they must not be asked for one. For a GPU: JAX_PLATFORMS=cuda.
+# The tests bring GPU compilers along; without a GPU they must not be asked for one. For a GPU: JAX_PLATFORMS=cuda,cpu.
 export JAX_PLATFORMS ?= cpu
 PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
 
