@@ -9,6 +9,7 @@ Every step reads one int32 of a list: `2 * tile + partial`. A partial tile adds 
 tiles skip that at the price of a branch. A tile past the last is clamped for the load and has nothing but masked keys.
 """
 
+import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -24,6 +25,7 @@ from pallas_kernels.dispatch import Request, gpu_capability
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
 
 _LOG2E = math.log2(math.e)
+_LOAD_TAKES_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
 _ROWS = 64  # of a warpgroup: the M of wgmma
 # Floor of the running maximum: exp2(MASKED - m) is 0 for every m above it.
 _FLOOR = -1e30
@@ -72,6 +74,12 @@ def _row_vector(value: float) -> Array:
     return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
+def _load(ref: Any, layout: Any) -> Array:
+    # jax 0.10 requires an index, later versions deprecate it.
+    index = (None,) if _LOAD_TAKES_INDEX else ()
+    return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
 def _over_columns(x: Array, columns: int) -> Array:
     return lax.broadcast_in_dim(x, (_ROWS, columns), [0])
 
@@ -101,7 +109,7 @@ class _List:
 
         def partial(s: Array) -> Array:
             keys = pl.ds(lax.shift_right_logical(entry, 1) * self.shape.tile, self.shape.tile)
-            row = plgpu.load(bias, (self.batch, keys), layout=plgpu.Layout.WGMMA.reduce(0), optimized=False)
+            row = _load(bias.at[self.batch, keys], plgpu.Layout.WGMMA.reduce(0))
             return s + lax.broadcast_in_dim(row, s.shape, [1])
 
         return lax.cond((entry & 1) == 1, partial, lambda s: s, s)
@@ -157,7 +165,7 @@ def _pair_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
             slot, following = _slot(j, shape.stages), tiles[j + 1]
 
             def scores(acc_ref: Any) -> Array:
-                plgpu.wgmma(acc_ref, q, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+                plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
                 take_turns()
                 return acc_ref[...]
 
@@ -244,7 +252,7 @@ def _single_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...])
     pl.when(steps > 0)(lambda: plgpu.barrier_wait(k_ready.at[0]))
 
     def multiply(acc_ref: Any, slot: Any) -> None:
-        plgpu.wgmma(acc_ref, q, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+        plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
 
     def first(acc_ref: Any) -> Array:
         multiply(acc_ref, 0)
@@ -304,14 +312,14 @@ def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
     def _consume() -> None:
         plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
         mine = pl.ds(row * shape.rows + group * _ROWS, _ROWS)
-        vector = lambda ref, i: plgpu.load(ref, (i, mine), layout=plgpu.Layout.WGMMA.reduce(1), optimized=False)
+        vector = lambda ref, i: _load(ref.at[i, mine], plgpu.Layout.WGMMA.reduce(1))
         q, part, chunk_sums = q_smem.at[group], parts.at[group], sums.at[group]
         plgpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
         shift, weight = vector(refs["shift"], head), vector(refs["weight"], tiles.batch)
         plgpu.barrier_wait(q_ready.at[group])
 
         def multiply(acc_ref: Any, slot: Any) -> None:
-            plgpu.wgmma(acc_ref, q, plgpu.transpose_ref(k_smem.at[slot], (1, 0)))
+            plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
 
         def first(acc_ref: Any) -> Array:
             multiply(acc_ref, 0)
@@ -339,7 +347,7 @@ def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
             begin = c * _CHUNK
             carry = lax.fori_loop(begin, jnp.minimum(begin + _CHUNK, shape.tiles), step, carry)
             plgpu.commit_smem()
-            chunk_sums[...] = plgpu.load(part, (), layout=plgpu.Layout.WGMMA, optimized=False).sum(axis=1)
+            chunk_sums[...] = _load(part, plgpu.Layout.WGMMA).sum(axis=1)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(chunk_sums, refs["mass"].at[head, consumers * row + group, pl.ds(begin, _CHUNK)])
             plgpu.wait_smem_to_gmem(0)
