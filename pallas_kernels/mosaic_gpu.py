@@ -12,6 +12,7 @@ tiles skip that at the price of a branch. A tile past the last is clamped for th
 import inspect
 import math
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels import mosaic_interpret
 from pallas_kernels.blocks import MASKED, block_count, expand_valid, pad_tokens
 from pallas_kernels.dispatch import Request, gpu_capability
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
@@ -70,14 +72,32 @@ class _Shape:
     """Whether any tile may be partial."""
 
 
-def _row_vector(value: float) -> Array:
-    return plgpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-
-def _load(ref: Any, layout: Any) -> Array:
+def _load(ref: Any, *, layout: Any) -> Array:
     # jax 0.10 requires an index, later versions deprecate it.
     index = (None,) if _LOAD_TAKES_INDEX else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
+
+
+HOPPER = SimpleNamespace(
+    axis_index=lax.axis_index,
+    set_max_registers=plgpu.set_max_registers,
+    layout_cast=plgpu.layout_cast,
+    load=_load,
+    copy_gmem_to_smem=plgpu.copy_gmem_to_smem,
+    copy_smem_to_gmem=plgpu.copy_smem_to_gmem,
+    wait_smem_to_gmem=plgpu.wait_smem_to_gmem,
+    commit_smem=plgpu.commit_smem,
+    barrier_wait=plgpu.barrier_wait,
+    barrier_arrive=plgpu.barrier_arrive,
+    wgmma=plgpu.wgmma,
+    run_scoped=pl.run_scoped,
+    accumulate=lambda body, start: pl.run_state(body)(plgpu.ACC.init(start)),
+)
+"""All that a body asks of the machine; `mosaic_interpret` answers the same without a GPU."""
+
+
+def _row_vector(gpu: Any, value: float) -> Array:
+    return gpu.layout_cast(jnp.full((_ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
 
 
 def _over_columns(x: Array, columns: int) -> Array:
@@ -87,8 +107,9 @@ def _over_columns(x: Array, columns: int) -> Array:
 class _List:
     """The key tiles of one program, read from device memory an entry ahead of their use."""
 
-    def __init__(self, shape: _Shape, entries: Any, counts: Any, head: Array, row: Array):
-        self.shape, self.entries, self.batch = shape, entries, lax.div(head, jnp.int32(shape.heads))
+    def __init__(self, gpu: Any, shape: _Shape, entries: Any, counts: Any, head: Array, row: Array):
+        self.gpu, self.shape, self.entries = gpu, shape, entries
+        self.batch = lax.div(head, jnp.int32(shape.heads))
         self.key = (head, lax.div(row, jnp.int32(shape.split))) if shape.sparse else (self.batch,)
         self.length = counts[self.key] if shape.sparse else shape.tiles
 
@@ -109,7 +130,7 @@ class _List:
 
         def partial(s: Array) -> Array:
             keys = pl.ds(lax.shift_right_logical(entry, 1) * self.shape.tile, self.shape.tile)
-            row = _load(bias.at[self.batch, keys], plgpu.Layout.WGMMA.reduce(0))
+            row = self.gpu.load(bias.at[self.batch, keys], layout=plgpu.Layout.WGMMA.reduce(0))
             return s + lax.broadcast_in_dim(row, s.shape, [1])
 
         return lax.cond((entry & 1) == 1, partial, lambda s: s, s)
@@ -127,36 +148,36 @@ def _softmax(s: Array, m: Array, total: Array, acc: Array, scale: float) -> tupl
     return p, m_new, total * shrink, acc * _over_columns(shrink, acc.shape[1])
 
 
-def _finish(acc: Array, m: Array, total: Array, out: Any, lse: Any, dtype: Any) -> None:
+def _finish(gpu: Any, acc: Array, m: Array, total: Array, out: Any, lse: Any, dtype: Any) -> None:
     """Writes out and LSE of one warpgroup to shared memory."""
     safe = jnp.where(total > 0, total, 1.0)
     out[...] = (acc / _over_columns(safe, acc.shape[1])).astype(dtype)
     lse[...] = jnp.where(total > 0, m * (1 / _LOG2E) + jnp.log(safe), -jnp.inf)
-    plgpu.commit_smem()
+    gpu.commit_smem()
 
 
-def _pair_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
+def _pair_kernel(gpu: Any, shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """128 query rows: two consumers and a producer."""
     q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = memory
-    head, row, group = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("group")
-    tiles = _List(shape, refs.get("entries"), refs.get("counts"), head, row)
+    head, row, group = gpu.axis_index("head"), gpu.axis_index("row"), gpu.axis_index("group")
+    tiles = _List(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
     steps, dim = tiles.length, shape.head_dim
 
     def take_turns() -> None:
-        plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(turn)
+        gpu.barrier_arrive(turn)
+        gpu.barrier_wait(turn)
 
     @pl.when(group < 2)
     def _consume() -> None:
-        plgpu.set_max_registers(232, action="increase")
+        gpu.set_max_registers(232, action="increase")
         mine = pl.ds(row * shape.rows + group * _ROWS, _ROWS)
         q, lse = q_smem.at[group], lse_smem.at[group]
-        plgpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
-        plgpu.barrier_wait(q_ready.at[group])
+        gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
+        gpu.barrier_wait(q_ready.at[group])
 
         @pl.when(steps > 0)
         def _first() -> None:
-            plgpu.barrier_wait(k_ready.at[0])
+            gpu.barrier_wait(k_ready.at[0])
 
         pl.when(group == 1)(take_turns)
 
@@ -165,49 +186,49 @@ def _pair_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
             slot, following = _slot(j, shape.stages), tiles[j + 1]
 
             def scores(acc_ref: Any) -> Array:
-                plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
+                gpu.wgmma(acc_ref, q, k_smem.at[slot].T)
                 take_turns()
                 return acc_ref[...]
 
-            s = pl.run_scoped(scores, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
-            plgpu.barrier_arrive(k_free.at[slot])
+            s = gpu.run_scoped(scores, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
+            gpu.barrier_arrive(k_free.at[slot])
             s = tiles.mask(s, entry, refs.get("bias"))
             p, m, total, acc = _softmax(s, m, total, acc, shape.scale)
             narrow = p.astype(shape.dtype)
             total += p.sum(axis=1)
             # Keeps the softmax before the barriers: the other warpgroup has the tensor cores until then.
             acc, total, m, narrow = lax.optimization_barrier((acc, total, m, narrow))
-            plgpu.barrier_arrive(turn)
-            plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_wait(turn)
+            gpu.barrier_arrive(turn)
+            gpu.barrier_wait(v_ready.at[slot])
+            gpu.barrier_wait(turn)
 
             def values(acc_ref: Any) -> None:
-                plgpu.wgmma(acc_ref, narrow, v_smem.at[slot])
+                gpu.wgmma(acc_ref, narrow, v_smem.at[slot])
 
                 @pl.when(j + 1 < steps)
                 def _next() -> None:
-                    plgpu.barrier_wait(k_ready.at[_slot(j + 1, shape.stages)])
+                    gpu.barrier_wait(k_ready.at[_slot(j + 1, shape.stages)])
 
-            acc = pl.run_state(values)(plgpu.ACC.init(acc))
-            plgpu.barrier_arrive(v_free.at[slot])
+            acc = gpu.accumulate(values, acc)
+            gpu.barrier_arrive(v_free.at[slot])
             return acc, m, total, following
 
-        acc = plgpu.layout_cast(jnp.full((_ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
-        start = acc, _row_vector(_FLOOR), _row_vector(0.0), tiles[jnp.int32(0)]
+        acc = gpu.layout_cast(jnp.full((_ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
+        start = acc, _row_vector(gpu, _FLOOR), _row_vector(gpu, 0.0), tiles[jnp.int32(0)]
         acc, m, total, _ = lax.fori_loop(0, steps, step, start)
         pl.when(group == 0)(take_turns)
-        _finish(acc, m, total, q, lse, shape.dtype)
-        plgpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
-        plgpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
-        plgpu.wait_smem_to_gmem(0)
+        _finish(gpu, acc, m, total, q, lse, shape.dtype)
+        gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
+        gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
+        gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == 2)
     def _produce() -> None:
-        plgpu.set_max_registers(40, action="decrease")
+        gpu.set_max_registers(40, action="decrease")
 
         def load(ref: Any, smem: Any, ready: Any, slot: Any, entry: Array) -> None:
             keys = pl.ds(tiles.start(entry), shape.tile)
-            plgpu.copy_gmem_to_smem(ref.at[head, keys], smem.at[slot], ready.at[slot])
+            gpu.copy_gmem_to_smem(ref.at[head, keys], smem.at[slot], ready.at[slot])
 
         for i in range(shape.stages):
 
@@ -219,27 +240,27 @@ def _pair_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
 
         def step(j: Array, entry: Array) -> Array:
             slot, following = _slot(j, shape.stages), tiles[j + 1]
-            plgpu.barrier_wait(k_free.at[slot])
+            gpu.barrier_wait(k_free.at[slot])
             load(refs["k"], k_smem, k_ready, slot, entry)
-            plgpu.barrier_wait(v_free.at[slot])
+            gpu.barrier_wait(v_free.at[slot])
             load(refs["v"], v_smem, v_ready, slot, entry)
             return following
 
         lax.fori_loop(jnp.int32(shape.stages), steps, step, tiles[jnp.int32(shape.stages)])
 
 
-def _single_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
+def _single_kernel(gpu: Any, shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """64 query rows: one warpgroup that loads ahead for itself; another program fills its gaps."""
     q, k_smem, v_smem, lse, q_ready, k_ready, v_ready = memory
-    head, row = lax.axis_index("head"), lax.axis_index("row")
-    tiles = _List(shape, refs.get("entries"), refs.get("counts"), head, row)
+    head, row = gpu.axis_index("head"), gpu.axis_index("row")
+    tiles = _List(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
     steps, stages = tiles.length, shape.stages
     mine = pl.ds(row * _ROWS, _ROWS)
 
     def load(ref: Any, smem: Any, ready: Any, slot: Any, entry: Array) -> None:
-        plgpu.copy_gmem_to_smem(ref.at[head, pl.ds(tiles.start(entry), shape.tile)], smem.at[slot], ready.at[slot])
+        gpu.copy_gmem_to_smem(ref.at[head, pl.ds(tiles.start(entry), shape.tile)], smem.at[slot], ready.at[slot])
 
-    plgpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready)
+    gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready)
     for i in range(stages):
 
         @pl.when(i < steps)
@@ -248,11 +269,11 @@ def _single_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...])
             load(refs["k"], k_smem, k_ready, i, entry)
             load(refs["v"], v_smem, v_ready, i, entry)
 
-    plgpu.barrier_wait(q_ready)
-    pl.when(steps > 0)(lambda: plgpu.barrier_wait(k_ready.at[0]))
+    gpu.barrier_wait(q_ready)
+    pl.when(steps > 0)(lambda: gpu.barrier_wait(k_ready.at[0]))
 
     def multiply(acc_ref: Any, slot: Any) -> None:
-        plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
+        gpu.wgmma(acc_ref, q, k_smem.at[slot].T)
 
     def first(acc_ref: Any) -> Array:
         multiply(acc_ref, 0)
@@ -262,7 +283,7 @@ def _single_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...])
         s, acc, m, total, entry, ahead, further = carry
         slot, slot_next = _slot(j, stages), _slot(j + 1, stages)
         following, last = tiles[j + 1], tiles[j + stages + 2]
-        pl.when(j + 1 < steps)(lambda: plgpu.barrier_wait(k_ready.at[slot_next]))
+        pl.when(j + 1 < steps)(lambda: gpu.barrier_wait(k_ready.at[slot_next]))
 
         def overlapped(next_ref: Any) -> tuple[Array, ...]:
             # The scores of the next tile, while this one goes through its softmax. After the last there are none:
@@ -271,25 +292,25 @@ def _single_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...])
             p, m_new, shrunk, kept = _softmax(tiles.mask(s, entry, refs.get("bias")), m, total, acc, shape.scale)
             narrow, shrunk = p.astype(shape.dtype), shrunk + p.sum(axis=1)
             narrow, m_new, shrunk, kept = lax.optimization_barrier((narrow, m_new, shrunk, kept))
-            plgpu.barrier_wait(v_ready.at[slot])
-            out = pl.run_state(lambda ref: plgpu.wgmma(ref, narrow, v_smem.at[slot]))(plgpu.ACC.init(kept))
+            gpu.barrier_wait(v_ready.at[slot])
+            out = gpu.accumulate(lambda ref: gpu.wgmma(ref, narrow, v_smem.at[slot]), kept)
             return next_ref[...], out, m_new, shrunk
 
-        found = pl.run_scoped(overlapped, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
+        found = gpu.run_scoped(overlapped, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
         pl.when(j + 1 + stages < steps)(lambda: load(refs["k"], k_smem, k_ready, slot_next, further))
         pl.when(j + stages < steps)(lambda: load(refs["v"], v_smem, v_ready, slot, ahead))
         return *found, following, further, last
 
-    s = pl.run_scoped(first, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
+    s = gpu.run_scoped(first, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
     entries = [tiles[jnp.int32(i)] for i in (0, stages, stages + 1)]
     pl.when(stages < steps)(lambda: load(refs["k"], k_smem, k_ready, 0, entries[1]))
-    acc = plgpu.layout_cast(jnp.full((_ROWS, shape.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA)
-    start = s, acc, _row_vector(_FLOOR), _row_vector(0.0), *entries
+    acc = gpu.layout_cast(jnp.full((_ROWS, shape.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA)
+    start = s, acc, _row_vector(gpu, _FLOOR), _row_vector(gpu, 0.0), *entries
     _, acc, m, total, *_ = lax.fori_loop(0, steps, step, start)
-    _finish(acc, m, total, q, lse, shape.dtype)
-    plgpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
-    plgpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
-    plgpu.wait_smem_to_gmem(0)
+    _finish(gpu, acc, m, total, q, lse, shape.dtype)
+    gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
+    gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
+    gpu.wait_smem_to_gmem(0)
 
 
 _CONSUMER_REGISTERS = {2: 232, 3: 160, 4: 112}
@@ -298,28 +319,28 @@ _CHUNK = 64
 """Steps of the block-mass kernel between two reductions over rows."""
 
 
-def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
+def _mass_kernel(gpu: Any, shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """128 query rows against every key tile: mass of each 64 rows with each tile, and row sums.
 
     A step leaves its 64 row sums in shared memory; every 64 steps one reduction over rows serves them all.
     """
     q_smem, k_smem, parts, sums, rows_smem, q_ready, k_ready, k_free = memory
-    head, row, group = lax.axis_index("head"), lax.axis_index("row"), lax.axis_index("group")
+    head, row, group = gpu.axis_index("head"), gpu.axis_index("row"), gpu.axis_index("group")
     consumers = shape.rows // _ROWS
-    tiles = _List(shape, refs.get("entries"), None, head, row)
+    tiles = _List(gpu, shape, refs.get("entries"), None, head, row)
 
     @pl.when(group < consumers)
     def _consume() -> None:
-        plgpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
+        gpu.set_max_registers(_CONSUMER_REGISTERS[consumers], action="increase")
         mine = pl.ds(row * shape.rows + group * _ROWS, _ROWS)
-        vector = lambda ref, i: _load(ref.at[i, mine], plgpu.Layout.WGMMA.reduce(1))
+        vector = lambda ref, i: gpu.load(ref.at[i, mine], layout=plgpu.Layout.WGMMA.reduce(1))
         q, part, chunk_sums = q_smem.at[group], parts.at[group], sums.at[group]
-        plgpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
+        gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
         shift, weight = vector(refs["shift"], head), vector(refs["weight"], tiles.batch)
-        plgpu.barrier_wait(q_ready.at[group])
+        gpu.barrier_wait(q_ready.at[group])
 
         def multiply(acc_ref: Any, slot: Any) -> None:
-            plgpu.wgmma(acc_ref, q, k_smem.at[slot].T)
+            gpu.wgmma(acc_ref, q, k_smem.at[slot].T)
 
         def first(acc_ref: Any) -> Array:
             multiply(acc_ref, 0)
@@ -328,7 +349,7 @@ def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
         def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             s, row_sum = carry
             more, slot, entry = j + 1 < shape.tiles, _slot(j + 1, shape.stages), tiles[j]
-            pl.when(more)(lambda: plgpu.barrier_wait(k_ready.at[slot]))
+            pl.when(more)(lambda: gpu.barrier_wait(k_ready.at[slot]))
 
             def overlapped(next_ref: Any) -> tuple[Array, Array]:
                 # The scores of the next tile, while this one is summed. After the last there are none: what is
@@ -339,36 +360,36 @@ def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
                 part[lax.rem(j, jnp.int32(_CHUNK))] = seen * weight
                 return next_ref[...], row_sum + seen
 
-            found = pl.run_scoped(overlapped, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
-            pl.when(more)(lambda: plgpu.barrier_arrive(k_free.at[slot]))
+            found = gpu.run_scoped(overlapped, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
+            pl.when(more)(lambda: gpu.barrier_arrive(k_free.at[slot]))
             return found
 
         def chunk(c: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             begin = c * _CHUNK
             carry = lax.fori_loop(begin, jnp.minimum(begin + _CHUNK, shape.tiles), step, carry)
-            plgpu.commit_smem()
-            chunk_sums[...] = _load(part, plgpu.Layout.WGMMA).sum(axis=1)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(chunk_sums, refs["mass"].at[head, consumers * row + group, pl.ds(begin, _CHUNK)])
-            plgpu.wait_smem_to_gmem(0)
+            gpu.commit_smem()
+            chunk_sums[...] = gpu.load(part, layout=plgpu.Layout.WGMMA).sum(axis=1)
+            gpu.commit_smem()
+            gpu.copy_smem_to_gmem(chunk_sums, refs["mass"].at[head, consumers * row + group, pl.ds(begin, _CHUNK)])
+            gpu.wait_smem_to_gmem(0)
             return carry
 
         chunks = block_count(shape.tiles, _CHUNK)
-        plgpu.barrier_wait(k_ready.at[0])
-        s = pl.run_scoped(first, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[0])
-        rows_smem.at[group][...] = lax.fori_loop(0, chunks, chunk, (s, _row_vector(0.0)))[1]
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(rows_smem.at[group], refs["row_sum"].at[head, mine])
-        plgpu.wait_smem_to_gmem(0)
+        gpu.barrier_wait(k_ready.at[0])
+        s = gpu.run_scoped(first, plgpu.ACC((_ROWS, shape.tile), jnp.float32))
+        gpu.barrier_arrive(k_free.at[0])
+        rows_smem.at[group][...] = lax.fori_loop(0, chunks, chunk, (s, _row_vector(gpu, 0.0)))[1]
+        gpu.commit_smem()
+        gpu.copy_smem_to_gmem(rows_smem.at[group], refs["row_sum"].at[head, mine])
+        gpu.wait_smem_to_gmem(0)
 
     @pl.when(group == consumers)
     def _produce() -> None:
-        plgpu.set_max_registers(24 if consumers > 2 else 40, action="decrease")
+        gpu.set_max_registers(24 if consumers > 2 else 40, action="decrease")
 
         def load(j: Any, slot: Any) -> None:
             keys = pl.ds(j * shape.tile, shape.tile)
-            plgpu.copy_gmem_to_smem(refs["k"].at[head, keys], k_smem.at[slot], k_ready.at[slot])
+            gpu.copy_gmem_to_smem(refs["k"].at[head, keys], k_smem.at[slot], k_ready.at[slot])
 
         for i in range(min(shape.stages, shape.tiles)):
             load(i, i)
@@ -376,7 +397,7 @@ def _mass_kernel(shape: _Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -
         @pl.loop(shape.stages, shape.tiles)
         def _steps(j: Array) -> None:
             slot = _slot(j, shape.stages)
-            plgpu.barrier_wait(k_free.at[slot])
+            gpu.barrier_wait(k_free.at[slot])
             load(j, slot)
 
 
@@ -422,14 +443,18 @@ def _launch(
     inputs: dict[str, Array],
     outputs: dict[str, Any],
     grid: tuple[int, int],
+    interpret: bool,
 ) -> dict[str, Array]:
-    """Runs `body(shape, refs by name, memory)` over (head, row) with `groups` warpgroups."""
+    """Runs `body(gpu, shape, refs by name, memory)` over (head, row) with `groups` warpgroups."""
+    if interpret:
+        run = lambda gpu, refs, scratch: body(gpu, shape, refs, scratch)
+        return mosaic_interpret.run(run, memory, groups, inputs, outputs, grid)
     names = (*inputs, *outputs)
 
     def entry(*refs: Any) -> None:
         named = dict(zip(names, refs, strict=True))
         axes = {"collective_axes": "group"} if groups > 1 else {}
-        pl.run_scoped(lambda *scratch: body(shape, named, scratch), *memory, **axes)
+        pl.run_scoped(lambda *scratch: body(HOPPER, shape, named, scratch), *memory, **axes)
 
     threads: dict[str, Any] = {"num_threads": groups, "thread_name": "group"} if groups > 1 else {}
     results = plgpu.kernel(
@@ -463,7 +488,7 @@ def _every_tile(
 
 
 def _attention(
-    q: Array, k: Array, v: Array, shape: _Shape, lists: dict[str, Array], bias: Array | None
+    q: Array, k: Array, v: Array, shape: _Shape, lists: dict[str, Array], bias: Array | None, interpret: bool
 ) -> tuple[Array, Array]:
     """Runs the kernel that serves `shape` on padded arrays; `lists` holds entries and, if sparse, counts."""
     flat = lambda x: x.reshape(-1, *x.shape[2:])
@@ -481,6 +506,7 @@ def _attention(
             "lse": jax.ShapeDtypeStruct(flat(q).shape[:2], jnp.float32),
         },
         programs,
+        interpret,
     )
     return made["out"].reshape(q.shape), made["lse"].reshape(q.shape[:3])
 
@@ -515,7 +541,7 @@ def flash_attention(
         sparse=False,
         masked=bias is not None,
     )
-    out, lse = _attention(q, k, v, shape, lists, bias)
+    out, lse = _attention(q, k, v, shape, lists, bias, interpret)
     return out[:, :, :rows], lse[:, :, :rows]
 
 
@@ -559,7 +585,7 @@ def block_sparse_attention(
     )
     flat = lambda x: x.reshape(batch * heads, *x.shape[2:])
     lists = {"entries": flat(entries), "counts": flat(jnp.clip(counts, 0, indices.shape[3]).astype(jnp.int32) * parts)}
-    out, lse = _attention(q, k, v, shape, lists, bias)
+    out, lse = _attention(q, k, v, shape, lists, bias, interpret)
     return out[:, :, :rows], lse[:, :, :rows]
 
 
@@ -610,7 +636,7 @@ def block_mass(
         "row_sum": float32(padded),
     }
     grid = batch * heads, padded // rows_each
-    made = _launch(_mass_kernel, shape, _mass_memory(shape), tuning.groups + 1, inputs, outputs, grid)
+    made = _launch(_mass_kernel, shape, _mass_memory(shape), tuning.groups + 1, inputs, outputs, grid, interpret)
     mass = made["mass"].reshape(batch, heads, -1, block_q // _ROWS, made["mass"].shape[-1])[..., :tiles]
     mass = mass.reshape(*mass.shape[:4], nk, block_k // tile).sum((3, 5))
     return mass[:, :, :nq], made["row_sum"].reshape(batch, heads, padded)[:, :, :rows]

@@ -2,7 +2,7 @@
 
 import functools
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -69,6 +69,17 @@ CASES = (
     Case("density 1", density=1.0, ragged=True),
     Case("one long head", heads=1, rows=3000, keys=3000, density=0.7),
 )
+
+FULL = Case("full blocks", rows=1024, keys=1024, head_dim=128, block_q=128, block_k=128)
+GPU_CASES = (
+    *CASES,
+    FULL,
+    replace(FULL, name="full blocks of 64", block_q=64, block_k=64, heads=3),
+    replace(FULL, name="128 rows, 64 keys", block_k=64, ragged=True, batch=2),
+    replace(FULL, name="blocks of 256", block_q=256, block_k=256, rows=1000, keys=900, ragged=True),
+    replace(FULL, name="long", block_q=64, block_k=64, rows=5000, keys=9000, heads=1, density=0.2),
+)
+"""Also whole tiles of 128 x 128, which the small cases lack."""
 
 
 @jax.tree_util.register_dataclass

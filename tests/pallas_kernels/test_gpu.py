@@ -9,21 +9,12 @@ import pytest
 
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention, resolve_implementation
 from pallas_kernels.dispatch import Request, choose
-from tests.kernel_cases import CASES, Case, assert_attention, operands
+from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands
 
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs a GPU"),
 ]
-FULL = Case("full blocks", rows=1024, keys=1024, head_dim=128, block_q=128, block_k=128)
-GPU_CASES = (
-    *CASES,
-    FULL,
-    dataclasses.replace(FULL, name="full blocks of 64", block_q=64, block_k=64, heads=3),
-    dataclasses.replace(FULL, name="128 rows, 64 keys", block_k=64, ragged=True, batch=2),
-    dataclasses.replace(FULL, name="blocks of 256", block_q=256, block_k=256, rows=1000, keys=900, ragged=True),
-    dataclasses.replace(FULL, name="long", block_q=64, block_k=64, rows=5000, keys=9000, heads=1, density=0.2),
-)
 each = pytest.mark.parametrize("case", GPU_CASES, ids=lambda c: c.name)
 dtypes = pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
 every = pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu", "jax_triton"])
