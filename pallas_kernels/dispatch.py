@@ -15,11 +15,16 @@ Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu
 _MODULES = {
     "reference": "reference",
     "xla": "xla",
+    "mosaic_tpu": "tpu",
     "triton": "triton",
     "mosaic_gpu": "mosaic_gpu",
     "jax_triton": "jax_triton",
 }
-_BEST: dict[str, tuple[Implementation, ...]] = {"gpu": ("mosaic_gpu", "triton", "xla"), "cpu": ("xla",)}
+_BEST: dict[str, tuple[Implementation, ...]] = {
+    "tpu": ("mosaic_tpu", "xla"),
+    "gpu": ("mosaic_gpu", "triton", "xla"),
+    "cpu": ("xla",),
+}
 
 
 @dataclass(frozen=True)

@@ -68,3 +68,29 @@ def mosaic_gpu_tuning(kernel: Kernel, head_dim: int, block_q: int = 128, block_k
         return MosaicGpuTuning(tile_k=min(block_k, 128), stages=1)
     tile = min(block_k, 128)
     return MosaicGpuTuning(tile_k=tile, stages=2 if tile * head_dim == 128 * 128 else 4)
+
+
+@dataclass(frozen=True)
+class TpuAttentionTuning:
+    """Groups of key tiles of the TPU attention kernels."""
+
+    group: int
+    """Tiles of one softmax step."""
+    unroll: int
+    """Softmax steps of one turn of the loop, an even number."""
+    resident: bool | None = None
+    """Keep K and V of a head in VMEM; None: if they fit the chip."""
+
+    @property
+    def slack(self) -> int:
+        """Readable entries past the end of a list: the gathered kernel starts a turn of two groups ahead."""
+        return max(4, self.unroll) * self.group
+
+
+def tpu_attention_tuning(tile: int, tiles: int, dtype: Any) -> TpuAttentionTuning:
+    """Defaults for lists of at most `tiles` tiles: long steps, but few enough for short lists to fill."""
+    keys = 2048 if jnp.dtype(dtype).itemsize == 2 else 1024
+    group = keys // tile
+    while group > 2 and 2 * group > tiles:
+        group //= 2
+    return TpuAttentionTuning(group=group, unroll=4 if tile > 64 and tiles >= 4 * group else 2)

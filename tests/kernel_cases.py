@@ -15,7 +15,7 @@ from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
 from pallas_kernels.dispatch import Request, backend
 
 # Triton's interpreter has to be chosen before its first import: test_jax_triton starts a process that does.
-IMPLEMENTATIONS = ("jax_triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("xla", "triton")
+IMPLEMENTATIONS = ("jax_triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("xla", "triton", "mosaic_tpu")
 """Everything but the oracle that runs, or is interpreted, without an accelerator."""
 
 

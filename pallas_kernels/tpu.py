@@ -1,0 +1,193 @@
+"""TPU kernels (v5e, v5p, v6e) in Pallas Mosaic: what they serve, their lists of key tiles, and the choice of memory."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.experimental.pallas import tpu as pltpu
+
+from pallas_kernels import tpu_attention, tpu_mass
+from pallas_kernels.blocks import MASKED, block_count, expand_valid, pad_tokens, valid_counts
+from pallas_kernels.dispatch import Request
+from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
+
+_BLOCKS = (64, 128, 256)
+_RESERVED_VMEM = 128 << 10
+"""Of a core, in bytes: what the compiler keeps for itself."""
+
+
+def unsupported(request: Request) -> str | None:
+    """Why the call cannot run here, or None."""
+    if jnp.dtype(request.dtype) not in (jnp.bfloat16, jnp.float32):
+        return f"dtype={jnp.dtype(request.dtype)} must be bfloat16 or float32"
+    if request.head_dim not in (64, 128):
+        return f"head_dim={request.head_dim} must be 64 or 128"
+    if any(block is not None and block not in _BLOCKS for block in (request.block_q, request.block_k)):
+        return f"block_q={request.block_q}, block_k={request.block_k} must be 64, 128 or 256"
+    if not request.interpret and jax.default_backend() not in ("tpu", "cpu"):
+        return f"the default platform is {jax.default_backend()}, not tpu"
+    return None
+
+
+def vmem_bytes() -> int:
+    """VMEM of a core of the chip compiled for that a kernel may use; of a v5e where there is none."""
+    try:
+        capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+    except (ValueError, KeyError, NotImplementedError):
+        capacity = 128 << 20
+    return capacity - _RESERVED_VMEM
+
+
+def _table(starts: Array, whole: Array, used: Array, slack: int) -> Array:
+    """Lists [..., 2 + tiles + slack] for `tpu_attention.attention` from first keys, whole tiles and tiles in use."""
+    kind = jnp.where(used, jnp.where(whole, 0, 1), 2)
+    # One integer to sort by; dropped tiles read tile 0.
+    packed = jnp.sort((kind << 29) | jnp.where(used, starts, 0), axis=-1, stable=False) & ((1 << 29) - 1)
+    counts = jnp.stack([(kind == 0).sum(-1), (kind < 2).sum(-1)], -1)
+    return jnp.concatenate([counts, jnp.pad(packed, ((0, 0),) * (packed.ndim - 1) + ((0, slack),))], -1).astype(
+        jnp.int32
+    )
+
+
+def _tiles(
+    block_valid: Array | None, batch: int, block: int, keys: int, padded: int, tile: int
+) -> tuple[Array, Array, Array | None]:
+    """(whole bool [B, tiles], any valid bool [B, tiles], bias or None if every key is valid)."""
+    valid = jnp.pad(expand_valid(block_valid, batch, block, keys), ((0, 0), (0, padded - keys)))
+    valid = valid.reshape(batch, -1, tile)
+    bias = jnp.where(valid, 0.0, MASKED)
+    bias = jnp.concatenate([bias, bias], -1) if tile == 64 else bias
+    return valid.all(-1), valid.any(-1), None if block_valid is None and keys == padded else bias
+
+
+def _attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    table: Array,
+    bias: Array | None,
+    *,
+    rows: int,
+    tile: int,
+    scale: float,
+    tuning: TpuAttentionTuning,
+    interpret: bool,
+) -> tuple[Array, Array]:
+    """Runs the kernel on padded [B, H, N, D] arrays, in the memory that K and V fit."""
+    batch, heads, queries, dim = q.shape
+    limit = vmem_bytes()
+    needed = tpu_attention.resident_bytes(k.shape[2], rows, dim, q.dtype.itemsize, tile, tuning)
+    flat = lambda x: x.reshape(batch * heads, *x.shape[2:])
+    out, lse = tpu_attention.attention(
+        flat(q),
+        flat(k),
+        flat(v),
+        table,
+        bias,
+        rows=rows,
+        tile=tile,
+        heads=heads,
+        scale=scale,
+        resident=needed <= limit if tuning.resident is None else tuning.resident,
+        vmem_bytes=limit,
+        tuning=tuning,
+        interpret=interpret,
+    )
+    return out.reshape(q.shape), lse.reshape(batch, heads, queries)
+
+
+def flash_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    *,
+    block_valid: Array | None,
+    block_k: int,
+    scale: float,
+    interpret: bool = False,
+    tuning: TpuAttentionTuning | None = None,
+) -> tuple[Array, Array]:
+    """Dense attention; see `pallas_kernels.flash_attention`."""
+    batch, keys, queries, tile = q.shape[0], k.shape[2], q.shape[2], 128
+    tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype)
+    q, k, v = pad_tokens(q, 128), pad_tokens(k, tile), pad_tokens(v, tile)
+    whole, used, bias = _tiles(block_valid, batch, block_k, keys, k.shape[2], tile)
+    starts = jnp.broadcast_to(tile * jnp.arange(whole.shape[1]), whole.shape)
+    table = _table(starts, whole, used, tuning.slack)[:, None]
+    out, lse = _attention(q, k, v, table, bias, rows=128, tile=tile, scale=scale, tuning=tuning, interpret=interpret)
+    return out[:, :, :queries], lse[:, :, :queries]
+
+
+def block_sparse_attention(
+    q: Array,
+    k: Array,
+    v: Array,
+    indices: Array,
+    counts: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None,
+    scale: float,
+    interpret: bool = False,
+    tuning: TpuAttentionTuning | None = None,
+) -> tuple[Array, Array]:
+    """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
+    (batch, heads, queries, _), keys = q.shape, k.shape[2]
+    tuning = tuning or tpu_attention_tuning(block_k, indices.shape[-1], q.dtype)
+    q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
+    whole, some, bias = _tiles(block_valid, batch, block_k, keys, k.shape[2], block_k)
+    indices = indices.astype(jnp.int32)
+    inside = (indices >= 0) & (indices < whole.shape[1])
+    safe = jnp.where(inside, indices, 0)
+    of = lambda x: jnp.take_along_axis(x[:, None, None], safe, axis=-1, mode="clip")
+    used = inside & (jnp.arange(indices.shape[-1]) < counts[..., None]) & of(some)
+    table = _table(safe * block_k, of(whole), used, tuning.slack)
+    table = table.reshape(batch * heads, *table.shape[2:])
+    out, lse = _attention(
+        q, k, v, table, bias, rows=block_q, tile=block_k, scale=scale, tuning=tuning, interpret=interpret
+    )
+    return out[:, :, :queries], lse[:, :, :queries]
+
+
+def block_mass(
+    q: Array,
+    k: Array,
+    lse: Array,
+    *,
+    block_q: int,
+    block_k: int,
+    block_valid: Array | None,
+    query_valid: Array | None,
+    scale: float,
+    interpret: bool = False,
+    tuning: Any = None,
+) -> tuple[Array, Array]:
+    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    (batch, heads, rows, _), keys = q.shape, k.shape[2]
+    tile = tpu_mass.mass_tile(block_q, block_k)
+    weight = expand_valid(query_valid, batch, block_q, rows).astype(jnp.float32)
+    # A row of LSE -inf has no valid key: exp2(s - inf) = 0. Nor have the rows of the padding.
+    shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse * math.log2(math.e))
+    extra = -rows % tile
+    shift = jnp.pad(shift, ((0, 0), (0, 0), (0, extra)), constant_values=jnp.inf)
+    q, k = pad_tokens(q, tile), pad_tokens(k, tile)
+    nq, nk, flat = block_count(rows, block_q), block_count(keys, block_k), lambda x: x.reshape(-1, *x.shape[2:])
+    valid = valid_counts(block_valid, batch, block_k, keys)
+    mass, row_sum = tpu_mass.block_mass(
+        flat(q),
+        flat(k),
+        flat(shift),
+        jnp.pad(weight, ((0, 0), (0, extra))),
+        jnp.pad(valid, ((0, 0), (0, k.shape[2] // block_k - nk))),
+        block_q=block_q,
+        block_k=block_k,
+        heads=heads,
+        scale=scale,
+        vmem_bytes=vmem_bytes(),
+        interpret=interpret,
+    )
+    mass = mass.reshape(batch, heads, *mass.shape[1:])[:, :, :nq, :nk]
+    return mass, row_sum.reshape(batch, heads, -1)[:, :, :rows]
