@@ -167,13 +167,13 @@ def block_mass(
 ) -> tuple[Array, Array]:
     """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
     (batch, heads, rows, _), keys = q.shape, k.shape[2]
-    tile = tpu_mass.mass_tile(block_q, block_k)
+    tile_q, tile_k = tpu_mass.mass_tile(block_q, block_k)
     weight = expand_valid(query_valid, batch, block_q, rows).astype(jnp.float32)
     # A row of LSE -inf has no valid key: exp2(s - inf) = 0. Nor have the rows of the padding.
     shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse * math.log2(math.e))
-    extra = -rows % tile
+    extra = -rows % tile_q
     shift = jnp.pad(shift, ((0, 0), (0, 0), (0, extra)), constant_values=jnp.inf)
-    q, k = pad_tokens(q, tile), pad_tokens(k, tile)
+    q, k = pad_tokens(q, tile_q), pad_tokens(k, tile_k)
     nq, nk, flat = block_count(rows, block_q), block_count(keys, block_k), lambda x: x.reshape(-1, *x.shape[2:])
     valid = valid_counts(block_valid, batch, block_k, keys)
     mass, row_sum = tpu_mass.block_mass(

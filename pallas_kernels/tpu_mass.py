@@ -1,4 +1,4 @@
-"""TPU block mass: one pass over Q and K in tiles of 1024 x 1024, scores with keys down and queries across.
+"""TPU block mass: one pass over Q and K in tiles of 1024 rows by 2048 keys, scores with keys down and queries across.
 
 Keys down the sublanes, so that a block's sum over keys needs no cross-lane work: each key block adds a row of per-query
 sums to VMEM, and queries are summed once, after the last key tile.
@@ -65,9 +65,9 @@ def _kernel(
         mass[...] = jnp.concatenate(columns, 1).T
 
 
-def mass_tile(block_q: int, block_k: int) -> int:
-    """Rows and keys of a tile: at least 1024, and eight blocks each way."""
-    return max(1024, 8 * block_q, 8 * block_k)
+def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
+    """Rows and keys of a tile: eight blocks each way, or more."""
+    return max(1024, 8 * block_q), max(2048, 8 * block_k)
 
 
 def block_mass(
@@ -87,8 +87,8 @@ def block_mass(
     """Mass of block pairs and sums of rows.
 
     Args:
-      q: [B*H, Nq, D], Nq a multiple of `mass_tile`.
-      k: [B*H, Nk, D], Nk a multiple of `mass_tile`.
+      q: [B*H, Nq, D], Nq a multiple of the rows of `mass_tile`.
+      k: [B*H, Nk, D], Nk a multiple of its keys.
       shift: float32 [B*H, Nq], LSE in base 2; inf for a row without mass.
       weight: float32 [B, Nq], of a row in the mass of its block.
       valid: int32 [B, Nk / block_k], valid keys of each block.
@@ -102,26 +102,27 @@ def block_mass(
     Returns:
       mass float32 [B*H, Nq / block_q, Nk / block_k], row_sum float32 [B*H, Nq].
     """
-    (programs, queries, dim), keys, tile = q.shape, k.shape[1], mass_tile(block_q, block_k)
+    (programs, queries, dim), keys = q.shape, k.shape[1]
+    tile_q, tile_k = mass_tile(block_q, block_k)
     blocks = keys // block_k
-    partial = (valid.reshape(valid.shape[0], keys // tile, -1) < block_k).any(-1)
-    row = lambda index: pl.BlockSpec((None, 1, tile), index)
+    partial = (valid.reshape(valid.shape[0], keys // tile_k, -1) < block_k).any(-1)
+    row = lambda index: pl.BlockSpec((None, 1, tile_q), index)
     mass, row_sum = pl.pallas_call(
         functools.partial(_kernel, block_q=block_q, block_k=block_k, heads=heads, scale=scale * _LOG2E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
-            grid=(programs, queries // tile, keys // tile),
+            grid=(programs, queries // tile_q, keys // tile_k),
             in_specs=[
-                pl.BlockSpec((None, tile, dim), lambda h, i, j, *_: (h, i, 0)),
-                pl.BlockSpec((None, tile, dim), lambda h, i, j, *_: (h, j, 0)),
+                pl.BlockSpec((None, tile_q, dim), lambda h, i, j, *_: (h, i, 0)),
+                pl.BlockSpec((None, tile_k, dim), lambda h, i, j, *_: (h, j, 0)),
                 row(lambda h, i, j, *_: (h, 0, i)),
                 row(lambda h, i, j, *_: (lax.div(h, heads), 0, i)),
             ],
             out_specs=[
-                pl.BlockSpec((None, tile // block_q, blocks), lambda h, i, j, *_: (h, i, 0)),
+                pl.BlockSpec((None, tile_q // block_q, blocks), lambda h, i, j, *_: (h, i, 0)),
                 row(lambda h, i, j, *_: (h, 0, i)),
             ],
-            scratch_shapes=[pltpu.VMEM((blocks, tile), jnp.float32)],
+            scratch_shapes=[pltpu.VMEM((blocks, tile_q), jnp.float32)],
         ),
         out_shape=[
             jax.ShapeDtypeStruct((programs, queries // block_q, blocks), jnp.float32),

@@ -93,4 +93,4 @@ def tpu_attention_tuning(tile: int, tiles: int, dtype: Any) -> TpuAttentionTunin
     group = keys // tile
     while group > 2 and 2 * group > tiles:
         group //= 2
-    return TpuAttentionTuning(group=group, unroll=4 if tile > 64 and tiles >= 4 * group else 2)
+    return TpuAttentionTuning(group=group, unroll=4 if tiles >= 4 * group else 2)
