@@ -101,10 +101,10 @@ def peers(tokens: int, sets: list[tuple[Array, Array, Array]]) -> Iterator[dict[
     except ImportError:
         pass
     for name, run in runs.items():
-        yield {"tokens": tokens, "implementation": name, "kernel": "dense"} | _figures(run, turned, work)
+        yield {"tokens": tokens, "implementation": name, "kernel": "dense"} | figures(run, turned, work)
 
 
-def _figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str, Any]:
+def figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str, Any]:
     """ms and TFLOP/s of a run that does `work` TFLOPs, or the reason why it did not run."""
     try:
         took = seconds(run, *sets)
@@ -120,19 +120,19 @@ def ours(
     work = 4e-12 * HEADS * tokens**2 * HEAD_DIM
     head = {"tokens": tokens, "implementation": implementation}
     dense = lambda q, k, v: flash_attention(q, k, v, return_lse=True, implementation=implementation)
-    yield head | {"kernel": "dense"} | _figures(dense, sets, work)
+    yield head | {"kernel": "dense"} | figures(dense, sets, work)
     lse = jnp.full((1, HEADS, tokens), math.log(tokens) + 0.5)
     for block in BLOCKS:
         blocks = {"block_q": block, "block_k": block, "implementation": implementation}
         mass = lambda q, k, v, lse=lse, blocks=blocks: block_mass(q, k, lse, return_row_sum=True, **blocks)
-        yield head | {"kernel": "block_mass", "block": block} | _figures(mass, sets, work / 2)
+        yield head | {"kernel": "block_mass", "block": block} | figures(mass, sets, work / 2)
         for density in densities:
             indices, counts = random_lists(tokens, block, density)
             kept = float(counts[0, 0, 0]) / counts.shape[-1]
             sparse = lambda *x, blocks=blocks: block_sparse_attention(*x, return_lse=True, **blocks)
             lists = [(*s, indices, counts) for s in sets]
-            figures = _figures(sparse, lists, work * kept)
-            yield head | {"kernel": "block_sparse", "block": block, "density": density} | figures
+            found = figures(sparse, lists, work * kept)
+            yield head | {"kernel": "block_sparse", "block": block, "density": density} | found
 
 
 def selection(tokens: int) -> Iterator[dict[str, Any]]:

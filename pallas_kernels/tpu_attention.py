@@ -29,7 +29,8 @@ HEADER = 2
 
 def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
     """float32 a · b over the last axis of `a` and `axis` of `b`; float32 inputs at full precision."""
-    precision = lax.Precision.HIGHEST if jnp.dtype(dtype) == jnp.float32 else None
+    exact = jnp.dtype(dtype) == jnp.float32
+    precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 

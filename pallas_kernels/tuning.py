@@ -89,8 +89,8 @@ class TpuAttentionTuning:
 
 def tpu_attention_tuning(tile: int, tiles: int, dtype: Any) -> TpuAttentionTuning:
     """Defaults for lists of at most `tiles` tiles: long steps, but few enough for short lists to fill."""
-    keys = 2048 if jnp.dtype(dtype).itemsize == 2 else 1024
-    group = keys // tile
+    narrow = jnp.dtype(dtype).itemsize == 2
+    group = (2048 if narrow else 1024) // tile
     while group > 2 and 2 * group > tiles:
         group //= 2
-    return TpuAttentionTuning(group=group, unroll=4 if tiles >= 4 * group else 2)
+    return TpuAttentionTuning(group=group, unroll=4 if narrow and tiles >= 4 * group else 2)
