@@ -40,26 +40,29 @@ def vmem_bytes() -> int:
     return capacity - _RESERVED_VMEM
 
 
-def _table(starts: Array, whole: Array, used: Array, slack: int) -> Array:
-    """Lists [..., 2 + tiles + slack] for `tpu_attention.attention` from first keys, whole tiles and tiles in use."""
-    kind = jnp.where(used, jnp.where(whole, 0, 1), 2)
-    # One integer to sort by; dropped tiles read tile 0.
-    packed = jnp.sort((kind << 29) | jnp.where(used, starts, 0), axis=-1, stable=False) & ((1 << 29) - 1)
-    counts = jnp.stack([(kind == 0).sum(-1), (kind < 2).sum(-1)], -1)
-    return jnp.concatenate([counts, jnp.pad(packed, ((0, 0),) * (packed.ndim - 1) + ((0, slack),))], -1).astype(
-        jnp.int32
+def _lists(starts: Array, used: Array, whole: Array, counts: Array, tuning: TpuAttentionTuning) -> Array:
+    """Lists int32 [..., L] for `tpu_attention.attention` from first keys [..., tiles]; unused tiles are DROPPED."""
+    entries = jnp.where(used, starts, tpu_attention.DROPPED)
+    entries = jnp.pad(
+        entries, ((0, 0),) * (entries.ndim - 1) + ((0, tuning.slack),), constant_values=tpu_attention.DROPPED
     )
+    turn = tuning.group * tuning.unroll
+    turns = starts.shape[-1] // turn
+    partial = ~(used & whole)[..., : turns * turn].reshape(*starts.shape[:-1], turns, turn).all(-1)
+    return jnp.concatenate([counts[..., None], entries, partial[..., ::-1]], -1, dtype=jnp.int32)
 
 
-def _tiles(
+def _tile_bias(
     block_valid: Array | None, batch: int, block: int, keys: int, padded: int, tile: int
-) -> tuple[Array, Array, Array | None]:
-    """(whole bool [B, tiles], any valid bool [B, tiles], bias or None if every key is valid)."""
-    valid = jnp.pad(expand_valid(block_valid, batch, block, keys), ((0, 0), (0, padded - keys)))
+) -> tuple[Array, Array]:
+    """(bias float32 [B, tiles + 1, max(tile, 128)], whole bool [B, tiles]).
+
+    Tiles of 64 keys have theirs twice over; the last row masks all.
+    """
+    valid = jnp.pad(expand_valid(block_valid, batch, block, keys), ((0, 0), (0, padded - keys + tile)))
     valid = valid.reshape(batch, -1, tile)
     bias = jnp.where(valid, 0.0, MASKED)
-    bias = jnp.concatenate([bias, bias], -1) if tile == 64 else bias
-    return valid.all(-1), valid.any(-1), None if block_valid is None and keys == padded else bias
+    return (jnp.concatenate([bias, bias], -1) if tile == 64 else bias), valid[:, :-1].all(-1)
 
 
 def _attention(
@@ -67,7 +70,7 @@ def _attention(
     k: Array,
     v: Array,
     table: Array,
-    bias: Array | None,
+    bias: Array,
     *,
     rows: int,
     tile: int,
@@ -113,9 +116,10 @@ def flash_attention(
     batch, keys, queries, tile = q.shape[0], k.shape[2], q.shape[2], 128
     tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype)
     q, k, v = pad_tokens(q, 128), pad_tokens(k, tile), pad_tokens(v, tile)
-    whole, used, bias = _tiles(block_valid, batch, block_k, keys, k.shape[2], tile)
-    starts = jnp.broadcast_to(tile * jnp.arange(whole.shape[1]), whole.shape)
-    table = _table(starts, whole, used, tuning.slack)[:, None]
+    bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], tile)
+    tiles = k.shape[2] // tile
+    starts = jnp.broadcast_to(tile * jnp.arange(tiles), (batch, 1, tiles))
+    table = _lists(starts, jnp.full(starts.shape, True), whole[:, None], jnp.full((batch, 1), tiles), tuning)
     out, lse = _attention(q, k, v, table, bias, rows=128, tile=tile, scale=scale, tuning=tuning, interpret=interpret)
     return out[:, :, :queries], lse[:, :, :queries]
 
@@ -138,13 +142,11 @@ def block_sparse_attention(
     (batch, heads, queries, _), keys = q.shape, k.shape[2]
     tuning = tuning or tpu_attention_tuning(block_k, indices.shape[-1], q.dtype)
     q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
-    whole, some, bias = _tiles(block_valid, batch, block_k, keys, k.shape[2], block_k)
-    indices = indices.astype(jnp.int32)
-    inside = (indices >= 0) & (indices < whole.shape[1])
-    safe = jnp.where(inside, indices, 0)
-    of = lambda x: jnp.take_along_axis(x[:, None, None], safe, axis=-1, mode="clip")
-    used = inside & (jnp.arange(indices.shape[-1]) < counts[..., None]) & of(some)
-    table = _table(safe * block_k, of(whole), used, tuning.slack)
+    bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], block_k)
+    indices, kmax = indices.astype(jnp.int32), indices.shape[-1]
+    used = (indices >= 0) & (indices < k.shape[2] // block_k) & (jnp.arange(kmax) < counts[..., None])
+    whole = jnp.take_along_axis(whole[:, None, None], jnp.where(used, indices, 0), axis=-1, mode="clip")
+    table = _lists(indices * block_k, used, whole, jnp.clip(counts, 0, kmax), tuning)
     table = table.reshape(batch * heads, *table.shape[2:])
     out, lse = _attention(
         q, k, v, table, bias, rows=block_q, tile=block_k, scale=scale, tuning=tuning, interpret=interpret

@@ -2,8 +2,8 @@
 
 K and V of a head stay in VMEM where they fit and are gathered tile by tile from HBM where they do not. A softmax step
 takes a group of tiles, its scores are multiplied while the group before goes through its softmax, and the running
-maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. A list has the whole tiles first,
-so that only what is left over after the unrolled loop pays for a mask.
+maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. Tiles add a bias row to their
+scores where a turn of the loop has a tile that is not whole; a turn of whole tiles skips it.
 """
 
 import functools
@@ -16,15 +16,16 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import MASKED
 from pallas_kernels.tuning import TpuAttentionTuning
 
 _LANES = 128
 _LOG2E = 1.4426950408889634
 # Floor of the running maximum: exp2(MASKED - m) is 0 for every m above it.
 _FLOOR = -1e30
-HEADER = 2
-"""Entries of a list before its tiles: the number of whole tiles, and of all."""
+HEADER = 1
+"""Entries of a list before its tiles: how many there are."""
+DROPPED = 1 << 30
+"""Entry of a tile that does not count: it reads tile 0 and the bias row past the last."""
 
 
 def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
@@ -32,6 +33,11 @@ def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
     exact = jnp.dtype(dtype) == jnp.float32
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
+
+
+def _start(table: Any, position: Any, tile: int) -> Any:
+    """First key of the tile at `position` of a list."""
+    return pl.multiple_of(table[0, HEADER + position] & (DROPPED - 1), tile)
 
 
 class _Softmax:
@@ -44,31 +50,26 @@ class _Softmax:
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
-    def _mask(self, position: Any) -> Array:
-        """Bias row of the tile at `position` of the list; past the end of the list nothing counts."""
-        inside = position < self.table[0, 1]
-        if self.bias is None:
-            return jnp.where(inside, 0.0, MASKED)
+    def _bias(self, position: Any) -> Array:
         row = lax.div(self.table[0, HEADER + position], self.tile)
-        return jnp.where(inside, self.bias[pl.ds(row, 1), :], MASKED)
+        return self.bias[pl.ds(jnp.minimum(row, self.bias.shape[0] - 1), 1), :]
 
-    def _masked(self, s: Array, position: Any) -> Array:
-        """Scores of `_LANES` or more keys whose first tile is at `position`, plus bias."""
+    def _biased(self, s: Array, position: Any) -> Array:
+        """Scores of at least `_LANES` keys whose first tile is at `position`, plus bias."""
         if s.shape[1] == self.tile:
-            return s + self._mask(position)
+            return s + self._bias(position)
         # Two tiles of 64: the bias rows hold theirs twice.
         first = lax.broadcasted_iota(jnp.int32, (1, s.shape[1]), 1) < self.tile
-        return s + jnp.where(first, self._mask(position), self._mask(position + 1))
+        return s + jnp.where(first, self._bias(position), self._bias(position + 1))
 
-    def step(self, scores: Any, values: Array, position: Any, masked: bool) -> None:
+    def step(self, scores: Any, values: Array, position: Any, masked: bool = True) -> None:
         """Takes in the group of tiles at `position`: `scores` [rows, keys] in VMEM, `values` [keys, D]."""
-        keys = scores.shape[1]
-        width = max(self.tile, min(_LANES, keys))
-        parts = range(keys // width)
+        width = max(self.tile, _LANES)
+        parts = range(scores.shape[1] // width)
 
         def part(i: int) -> Array:
             s = scores[:, i * width : (i + 1) * width]
-            return self._masked(s, position + i * width // self.tile) if masked else s
+            return self._biased(s, position + i * width // self.tile) if masked else s
 
         top = functools.reduce(jnp.maximum, (part(i) for i in parts))
         m = self.m[...]
@@ -98,74 +99,78 @@ def _scratch(rows: int, dim: int, width: int) -> list[Any]:
     ]
 
 
-def _resident_kernel(table: Any, q: Any, k: Any, v: Any, *rest: Any, tile: int, tuning: Any, scale: float) -> None:
+def _resident_kernel(
+    table: Any, q: Any, k: Any, v: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
+) -> None:
     """One query block; K and V of the head in VMEM."""
-    *bias, out, lse, m, total, acc, even, odd = rest
-    softmax = _Softmax((m, total, acc), bias[0] if bias else None, table, tile, scale)
+    out, lse, m, total, acc, even, odd = rest
+    softmax = _Softmax((m, total, acc), bias, table, tile, scale)
     group, unroll, buffers = tuning.group, tuning.unroll, (even, odd)
-    step = group * unroll
+    turn = group * unroll
 
     def gather(ref: Any, position: Any) -> Array:
-        start = lambda i: pl.multiple_of(table[0, HEADER + position + i], tile)
-        return jnp.concatenate([ref[pl.ds(start(i), tile), :] for i in range(group)], 0)
+        return jnp.concatenate([ref[pl.ds(_start(table, position + i, tile), tile), :] for i in range(group)], 0)
 
     def multiply(position: Any, scores: Any) -> None:
         scores[...] = contract(q[...], gather(k, position), 1, k.dtype)
 
-    def whole(i: Array, carry: None) -> None:
+    def unrolled(i: Any, masked: bool) -> None:
         for j in range(unroll):
-            position = i * step + j * group
+            position = i * turn + j * group
             # The scores of the next group, while this one goes through its softmax.
             multiply(position + group, buffers[(j + 1) % 2])
-            softmax.step(buffers[j % 2], gather(v, position), position, masked=False)
+            softmax.step(buffers[j % 2], gather(v, position), position, masked)
 
-    def rest_of_list(i: Array, carry: None) -> None:
-        position = whole_steps * step + i * group
+    def whole_or_not(i: Array, carry: None) -> None:
+        partial = table[0, table.shape[1] - 1 - i] != 0
+        lax.cond(partial, lambda: unrolled(i, masked=True), lambda: unrolled(i, masked=False))
+
+    def remaining(i: Array, carry: None) -> None:
+        position = turns * turn + i * group
         multiply(position, even)
-        softmax.step(even, gather(v, position), position, masked=True)
+        softmax.step(even, gather(v, position), position)
 
-    whole_steps = lax.div(table[0, 0], step)
+    turns = lax.div(table[0, 0], turn)
     multiply(0, even)
-    lax.fori_loop(0, whole_steps, whole, None)
-    left = table[0, 1] - whole_steps * step
-    lax.fori_loop(0, lax.div(left + group - 1, group), rest_of_list, None)
+    lax.fori_loop(0, turns, whole_or_not, None)
+    left = table[0, 0] - turns * turn
+    lax.fori_loop(0, lax.div(left + group - 1, group), remaining, None)
     softmax.finish(out, lse)
 
 
-def _gathered_kernel(table: Any, q: Any, kv: Any, *rest: Any, tile: int, tuning: Any, scale: float) -> None:
-    """One query block; its K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a step, a step ahead."""
-    *bias, out, lse, m, total, acc, even, odd, ring, arrived = rest
-    softmax = _Softmax((m, total, acc), bias[0] if bias else None, table, tile, scale)
+def _gathered_kernel(
+    table: Any, q: Any, kv: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
+) -> None:
+    """One query block; its K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
+    out, lse, m, total, acc, even, odd, ring, arrived = rest
+    softmax = _Softmax((m, total, acc), bias, table, tile, scale)
     head, group = pl.program_id(0), tuning.group
-    step = 2 * group
-    steps = lax.div(table[0, 1] + step - 1, step)
+    turn = 2 * group
+    turns = lax.div(table[0, 0] + turn - 1, turn)
 
     def start(i: Any, slot: Any) -> None:
-        for j in range(step):
+        for j in range(turn):
             # Past the end of the list this reads tile 0 once more: cheaper than a branch a tile.
-            which = lax.div(table[0, HEADER + i * step + j], tile)
+            which = lax.div(_start(table, i * turn + j, tile), tile)
             target = ring.at[slot, :, pl.ds(j * tile, tile)]
             pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
 
     def wait(slot: Any) -> None:
         pltpu.make_async_copy(ring.at[slot], ring.at[slot], arrived.at[slot]).wait()
 
-    def take(i: Any, masked: bool) -> None:
+    def take(i: Any, carry: None) -> None:
         slot = lax.rem(i, 2)
         start(i + 1, 1 - slot)
         wait(slot)
-        for j, scores in enumerate((even, odd)):
-            keys = ring[slot, 0, pl.ds(j * group * tile, group * tile), :]
-            scores[...] = contract(q[...], keys, 1, keys.dtype)
-        for j, scores in enumerate((even, odd)):
-            values = ring[slot, 1, pl.ds(j * group * tile, group * tile), :]
-            softmax.step(scores, values, i * step + j * group, masked)
+        halves = [pl.ds(j * group * tile, group * tile) for j in range(2)]
+        for half, scores in zip(halves, (even, odd), strict=True):
+            scores[...] = contract(q[...], ring[slot, 0, half, :], 1, kv.dtype)
+        for j, (half, scores) in enumerate(zip(halves, (even, odd), strict=True)):
+            softmax.step(scores, ring[slot, 1, half, :], i * turn + j * group)
 
-    whole_steps = lax.div(table[0, 0], step)
     start(0, 0)
-    lax.fori_loop(0, whole_steps, lambda i, _: take(i, masked=False), None)
-    lax.fori_loop(whole_steps, steps, lambda i, _: take(i, masked=True), None)
-    wait(lax.rem(steps, 2))
+    lax.fori_loop(0, turns, take, None)
+    wait(lax.rem(turns, 2))
     softmax.finish(out, lse)
 
 
@@ -183,7 +188,7 @@ def attention(
     k: Array,
     v: Array,
     table: Array,
-    bias: Array | None,
+    bias: Array,
     *,
     rows: int,
     tile: int,
@@ -200,9 +205,10 @@ def attention(
       q: [B*H, Nq, D], Nq a multiple of `rows`.
       k: [B*H, Nk, D], Nk a multiple of `tile`.
       v: as k.
-      table: int32 [B*H or B, Nq / rows or 1, L]: of a list the number of whole tiles, the number of all tiles, and the
-        first key of each, whole ones first. At least two unrolled steps of readable entries follow the last.
-      bias: float32 [B, Nk / tile, max(tile, 128)] added to the scores of a tile that is not whole, or None.
+      table: int32 [B*H or B, Nq / rows or 1, L]: of a list the number of its tiles, then the first key of each or
+        DROPPED, then `tuning.slack` or more times DROPPED. From its end backwards, for each turn of `group * unroll`
+        tiles whether any of them is not whole.
+      bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all.
       rows: of a query block.
       tile: keys of a tile.
       heads: H.
@@ -234,9 +240,8 @@ def attention(
         operands.append(jnp.stack([x.reshape(programs, -1, tile, dim) for x in (k, v)], 2))
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
         scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), k.dtype), pltpu.SemaphoreType.DMA((2,))]
-    if bias is not None:
-        operands.append(bias)
-        specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, heads), 0, 0), **once()))
+    operands.append(bias)
+    specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, heads), 0, 0), **once()))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * _LOG2E),
@@ -254,7 +259,7 @@ def attention(
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=vmem_bytes,
             dimension_semantics=("parallel", "arbitrary"),
-            # Lists hold tiles of the array only, see `tpu._table`.
+            # Lists hold tiles of the array only, see `tpu._lists`.
             disable_bounds_checks=True,
         ),
         interpret=interpret,

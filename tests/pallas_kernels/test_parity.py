@@ -183,8 +183,3 @@ def test_misfits_are_value_errors_with_the_shapes(name: str) -> None:
     call, message = MISFITS[name]
     with pytest.raises(ValueError, match=message):
         call()
-
-
-def test_a_backend_that_is_not_there_raises() -> None:
-    with pytest.raises(NotImplementedError, match="mosaic_tpu"):
-        flash_attention(Q, Q, Q, implementation="mosaic_tpu")

@@ -8,8 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the one place that counts races
 from jax.experimental.pallas import tpu as pltpu
 
@@ -74,20 +72,6 @@ def test_poisoned_lists_are_never_read(resident: bool) -> None:
     for poison in (-1, 2**31 - 1):
         got = run(case, x, tuning, jnp.asarray(np.where(past, poison, clean)))
         jax.tree.map(np.testing.assert_array_equal, got, right)
-
-
-@given(
-    st.lists(st.tuples(st.integers(0, 2000), st.booleans(), st.booleans()), min_size=1, max_size=40), st.integers(1, 9)
-)
-def test_lists_hold_the_used_tiles_whole_ones_first(tiles: list[tuple[int, bool, bool]], slack: int) -> None:
-    starts, whole, used = (np.array(column) for column in zip(*tiles, strict=True))
-    table = np.asarray(tpu._table(jnp.asarray(128 * starts), jnp.asarray(whole), jnp.asarray(used), slack))
-    full, everything = table[:2]
-    entries = table[2:]
-    assert len(entries) == len(tiles) + slack
-    assert sorted(entries[:full]) == sorted(128 * starts[used & whole])
-    assert sorted(entries[full:everything]) == sorted(128 * starts[used & ~whole])
-    assert not entries[everything:].any()
 
 
 Q = jnp.zeros((1, 2, 128, 64), jnp.bfloat16)
