@@ -3,11 +3,13 @@
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from adaspa_jax.config import Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.state import index_dtype
+from pallas_kernels import lookup, partial_first
 
 
 class Selection(NamedTuple):
@@ -37,10 +39,11 @@ def _prefer_sinks(mass: Array, layout: TokenLayout) -> Array:
     return jnp.where(is_text, jnp.inf, mass)
 
 
-def _captured(mass: Array, indices: Array, counts: Array) -> Array:
-    """[B, H] share of the mass that the first `counts` [B, H, nq] of `indices` hold."""
-    kept = jnp.arange(indices.shape[-1]) < counts[..., None]
-    held = jnp.where(kept, jnp.take_along_axis(mass, indices, axis=-1), 0.0).sum((-2, -1))
+def _captured(mass: Array, heaviest: Array, counts: Array, layout: TokenLayout) -> Array:
+    """[B, H] share of `mass` in its sinks and in the first `counts` [B, H, nq] of `heaviest`, where sinks are inf."""
+    kept = (jnp.arange(heaviest.shape[-1]) < counts[..., None]) & jnp.isfinite(heaviest)
+    sinks = mass[..., layout.video_blocks :].sum((-2, -1))
+    held = jnp.where(kept, heaviest, 0.0).sum((-2, -1)) + sinks
     total = mass.sum((-2, -1))
     return held / jnp.where(total > 0, total, 1.0)
 
@@ -48,20 +51,25 @@ def _captured(mass: Array, indices: Array, counts: Array) -> Array:
 def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Selection:
     """Chooses key blocks from mass, float32 [B, H, nq, nk] of the video rows (AdaSpa, selection).
 
-    Deterministic: ties go to the lower block, then to the lower head.
+    Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first, but for the
+    blocks in use that are partial, which go before the others in use: a kernel can then do with one masked stretch.
     """
     budget = config.budget(layout)
     ranked = _prefer_sinks(mass, layout)
     kmax = budget.high if config.row_wise else layout.num_blocks
-    _, indices = lax.top_k(ranked, kmax)
+    heaviest, indices = lax.top_k(ranked, kmax)
     base = jnp.full(mass.shape[:3], budget.base, jnp.int32)
     if not config.row_wise:
         base = _spend_globally(ranked, base[..., 0])
-    recall = _captured(mass, indices, base)
+    recall = _captured(mass, heaviest, base, layout)
     counts = base
     if config.head_adaptive:
         tiers = head_tiers(recall, budget, config.recall_threshold)
         counts = jnp.broadcast_to(tiers[..., None], base.shape) if config.row_wise else _spend_globally(ranked, tiers)
+    # The last block of the text may be partial, if only at run time.
+    partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
+    if layout.video_valid.min() < layout.block:
+        indices = partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
     return Selection(indices.astype(index_dtype(layout)), counts, recall)
 
 

@@ -22,7 +22,7 @@ class SparseState(NamedTuple):
     """
 
     indices: Array
-    """uint16 [B, H, nq, kmax] (uint32 past 65,535 blocks): key blocks, heaviest first, the first `counts` in use."""
+    """uint16 [B, H, nq, kmax] (uint32 past 65,535 blocks): key blocks, the first `counts` in use."""
     counts: Array
     """int32 [B, H, nq]: key blocks in use."""
     lse: Array

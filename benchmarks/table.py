@@ -16,7 +16,7 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
         table.add_column(key, justify="right")
     for row in rows:
         table.add_row(*(f"{x:.4g}" if isinstance(x, float) else str(x) for x in row.values()))
-    Console(width=160).print(table)
+    Console(width=190).print(table)
 
 
 def write_json(path: Path | None, rows: list[dict[str, Any]]) -> None:

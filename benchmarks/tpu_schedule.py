@@ -12,7 +12,8 @@ from pathlib import Path
 
 _BUNDLE = re.compile(r"\s*(0x[0-9a-f]+|0)\s+(?:[A-Z]{2}\s*)*:")
 _BRANCH = re.compile(r"sbr\.rel \(.*?\) target bundleno = (\d+)")
-_ALLOCATION = re.compile(r"#allocation\S+ \[.*?space=(\w+), size = (0x[0-9a-f]+), scoped")
+_ALLOCATION = re.compile(r"#allocation\d*(_spill)?\S* \[.*?space=(\w+), size = (0x[0-9a-f]+), scoped")
+_TURNS = re.compile(r"scmp\.ge\.s32\.totalorder \S+, (\d+) /\* loop exit test \*/")
 _WORK = re.compile(r"vmatmul|= dma\.")
 # A taken branch has this many delay slots, which belong to the loop that it closes.
 _DELAY_SLOTS = 4
@@ -83,6 +84,12 @@ def loops(schedule: Path) -> list[Loop]:
     return [_loop(bundles, *span, not any(inside(other, span) for other in spans)) for span in spans]
 
 
+def total_cycles(schedule: Path) -> int:
+    """Cycles of one of XLA's own operations that is one loop of a fixed number of turns, such as a sort."""
+    (turns,) = _TURNS.findall(schedule.read_text(errors="replace"))
+    return int(turns) * max(loop.cycles for loop in loops(schedule))
+
+
 def schedules(folder: Path, kernel: str) -> Iterator[Path]:
     """Schedules of the custom calls in a dump folder whose name contains `kernel`."""
     for path in sorted(folder.glob("*-packed-bundles-post-ra.txt")):
@@ -91,10 +98,14 @@ def schedules(folder: Path, kernel: str) -> Iterator[Path]:
 
 
 def scoped_bytes(schedule: Path) -> dict[str, int]:
-    """Bytes that a kernel allocates by memory ("vmem", "smem", "sflag"), windows and spills included."""
+    """Bytes that a kernel allocates by memory ("vmem", "smem", "sflag"), and as "spill" its spilled registers in VMEM.
+
+    Spills of different parts of a kernel share their place, so that their sum is more than they take.
+    """
     name = re.sub(r"-\d+-packed-bundles-post-ra.txt$", "", schedule.name)
     (path,) = (p for p in schedule.parent.iterdir() if re.fullmatch(re.escape(name) + r"-\d+-post-ra\.txt", p.name))
-    totals = {"vmem": 0, "smem": 0}
-    for memory, size in _ALLOCATION.findall(path.read_text(errors="replace")):
-        totals[memory] = totals.get(memory, 0) + int(size, 16)
+    totals = {"vmem": 0, "smem": 0, "spill": 0}
+    for spill, memory, size in _ALLOCATION.findall(path.read_text(errors="replace")):
+        name = "spill" if spill and memory == "vmem" else memory
+        totals[name] = totals.get(name, 0) + int(size, 16)
     return totals

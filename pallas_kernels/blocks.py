@@ -46,3 +46,40 @@ def key_bias(block_valid: Array | None, batch: int, block: int, length: int, pad
         return None
     valid = expand_valid(block_valid, batch, block, length)
     return jnp.where(jnp.pad(valid, ((0, 0), (0, padded - length))), 0.0, MASKED)
+
+
+def lookup(flags: Array, indices: Array) -> Array:
+    """bool [..., K]: `flags` bool [n] or [..., n] at `indices` int [..., K] within [0, n).
+
+    By packed words and comparisons: a TPU gathers single bits one after another.
+    """
+    words = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),))
+    words = words.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    words = words.sum(-1, dtype=jnp.uint32)
+    indices = indices.astype(jnp.uint32)
+    here = (indices >> 5)[..., None] == jnp.arange(words.shape[-1], dtype=jnp.uint32)
+    word = jnp.where(here, words[..., None, :], 0).sum(-1, dtype=jnp.uint32)
+    return (word >> (indices & 31)) & 1 != 0
+
+
+def partial_first(indices: Array, counts: Array, partial: Array) -> Array:
+    """Lists whose `partial` blocks come first, which the TPU kernel runs fastest; the order is kept otherwise.
+
+    By comparing every place with every entry, one fusion: a sort takes the TPU compiler 20 s, and scatters are slow.
+
+    Args:
+      indices: [..., K], of which the first `counts` are in use.
+      counts: int [...].
+      partial: bool [..., K], whether the block of an entry has keys that are not valid.
+
+    Returns:
+      [..., K] in the dtype of `indices`; entries that are not in use stay where they are.
+    """
+    place = jnp.arange(indices.shape[-1], dtype=jnp.int32)
+    used = place < counts[..., None]
+    first, second = used & partial, used & ~partial
+    number = lambda x: jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1
+    target = jnp.where(first, number(first), first.sum(-1, keepdims=True, dtype=jnp.int32) + number(second))
+    target = jnp.where(used, target, place)
+    here = target[..., None, :] == place[:, None]  # [..., place, entry]
+    return jnp.where(here, indices[..., None, :], 0).sum(-1, dtype=indices.dtype)

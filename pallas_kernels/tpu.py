@@ -1,6 +1,7 @@
 """TPU kernels (v5e, v5p, v6e) in Pallas Mosaic: what they serve, their lists of key tiles, and the choice of memory."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax import Array
 from jax.experimental.pallas import tpu as pltpu
 
 from pallas_kernels import tpu_attention, tpu_mass
-from pallas_kernels.blocks import MASKED, block_count, expand_valid, pad_tokens, valid_counts
+from pallas_kernels.blocks import MASKED, block_count, expand_valid, lookup, pad_tokens, partial_first, valid_counts
 from pallas_kernels.dispatch import Request
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
 
@@ -31,25 +32,37 @@ def unsupported(request: Request) -> str | None:
     return None
 
 
-def vmem_bytes() -> int:
-    """VMEM of a core of the chip compiled for that a kernel may use; of a v5e where there is none."""
+@dataclass(frozen=True)
+class Chip:
+    """What the kernels ask of a TPU."""
+
+    generation: int
+    vmem_bytes: int
+    """Of a core that a kernel may use."""
+
+
+def chip() -> Chip:
+    """The chip compiled for; a v5e where there is none."""
     try:
-        capacity = pltpu.get_tpu_info().vmem_capacity_bytes
+        info = pltpu.get_tpu_info()
     except (ValueError, KeyError, NotImplementedError):
-        capacity = 128 << 20
-    return capacity - _RESERVED_VMEM
+        return Chip(5, (128 << 20) - _RESERVED_VMEM)
+    return Chip(info.generation, info.vmem_capacity_bytes - _RESERVED_VMEM)
 
 
-def _lists(starts: Array, used: Array, whole: Array, counts: Array, tuning: TpuAttentionTuning) -> Array:
+def _lists(starts: Array, used: Array, whole: Array, tuning: TpuAttentionTuning, resident: bool) -> Array:
     """Lists int32 [..., L] for `tpu_attention.attention` from first keys [..., tiles]; unused tiles are DROPPED."""
+    pair, turn = 2 * tuning.group, tuning.group * tuning.unroll
+    place = 1 + jnp.arange(starts.shape[-1], dtype=jnp.int32)
+    length = jnp.where(used, place, 0).max(-1, keepdims=True)
+    partial = jnp.where(used & whole | (place > length), 0, place).max(-1, keepdims=True)
+    turns = (length - partial) // turn if resident else jnp.zeros_like(length)
+    head = length - turns * turn
+    pairs = -(-head // pair)
     entries = jnp.where(used, starts, tpu_attention.DROPPED)
-    entries = jnp.pad(
-        entries, ((0, 0),) * (entries.ndim - 1) + ((0, tuning.slack),), constant_values=tpu_attention.DROPPED
-    )
-    turn = tuning.group * tuning.unroll
-    turns = starts.shape[-1] // turn
-    partial = ~(used & whole)[..., : turns * turn].reshape(*starts.shape[:-1], turns, turn).all(-1)
-    return jnp.concatenate([counts[..., None], entries, partial[..., ::-1]], -1, dtype=jnp.int32)
+    ends = ((0, 0),) * (entries.ndim - 1) + ((pair, tuning.slack),)
+    entries = jnp.pad(entries, ends, constant_values=tpu_attention.DROPPED)
+    return jnp.concatenate([pair + head - pairs * pair, pairs, turns, entries], -1, dtype=jnp.int32)
 
 
 def _tile_bias(
@@ -69,7 +82,9 @@ def _attention(
     q: Array,
     k: Array,
     v: Array,
-    table: Array,
+    starts: Array,
+    used: Array,
+    whole: Array,
     bias: Array,
     *,
     rows: int,
@@ -78,22 +93,27 @@ def _attention(
     tuning: TpuAttentionTuning,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Runs the kernel on padded [B, H, N, D] arrays, in the memory that K and V fit."""
+    """Runs the kernel on padded [B, H, N, D] arrays, in the memory that K and V fit.
+
+    `starts`, `used` and `whole`, [B, H or 1, Nq / rows or 1, tiles], say of each list which tiles it has.
+    """
     batch, heads, queries, dim = q.shape
-    limit = vmem_bytes()
+    limit = chip().vmem_bytes
     needed = tpu_attention.resident_bytes(k.shape[2], rows, dim, q.dtype.itemsize, tile, tuning)
-    flat = lambda x: x.reshape(batch * heads, *x.shape[2:])
+    resident = needed <= limit if tuning.resident is None else tuning.resident
+    table = _lists(starts, used, whole, tuning, resident)
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
     out, lse = tpu_attention.attention(
         flat(q),
         flat(k),
         flat(v),
-        table,
+        flat(table),
         bias,
         rows=rows,
         tile=tile,
         heads=heads,
         scale=scale,
-        resident=needed <= limit if tuning.resident is None else tuning.resident,
+        resident=resident,
         vmem_bytes=limit,
         tuning=tuning,
         interpret=interpret,
@@ -114,13 +134,14 @@ def flash_attention(
 ) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
     batch, keys, queries, tile = q.shape[0], k.shape[2], q.shape[2], 128
-    tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype)
+    tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype, chip().generation)
     q, k, v = pad_tokens(q, 128), pad_tokens(k, tile), pad_tokens(v, tile)
     bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], tile)
     tiles = k.shape[2] // tile
-    starts = jnp.broadcast_to(tile * jnp.arange(tiles), (batch, 1, tiles))
-    table = _lists(starts, jnp.full(starts.shape, True), whole[:, None], jnp.full((batch, 1), tiles), tuning)
-    out, lse = _attention(q, k, v, table, bias, rows=128, tile=tile, scale=scale, tuning=tuning, interpret=interpret)
+    indices = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), (batch, tiles))
+    order = partial_first(indices, jnp.full(batch, tiles), ~whole)[:, None, None]
+    lists = (tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order))
+    out, lse = _attention(q, k, v, *lists, bias, rows=128, tile=tile, scale=scale, tuning=tuning, interpret=interpret)
     return out[:, :, :queries], lse[:, :, :queries]
 
 
@@ -139,17 +160,16 @@ def block_sparse_attention(
     tuning: TpuAttentionTuning | None = None,
 ) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    (batch, heads, queries, _), keys = q.shape, k.shape[2]
-    tuning = tuning or tpu_attention_tuning(block_k, indices.shape[-1], q.dtype)
+    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    tuning = tuning or tpu_attention_tuning(block_k, indices.shape[-1], q.dtype, chip().generation)
     q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
     bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], block_k)
     indices, kmax = indices.astype(jnp.int32), indices.shape[-1]
     used = (indices >= 0) & (indices < k.shape[2] // block_k) & (jnp.arange(kmax) < counts[..., None])
-    whole = jnp.take_along_axis(whole[:, None, None], jnp.where(used, indices, 0), axis=-1, mode="clip")
-    table = _lists(indices * block_k, used, whole, jnp.clip(counts, 0, kmax), tuning)
-    table = table.reshape(batch * heads, *table.shape[2:])
+    whole = lookup(whole[:, None, None], jnp.where(used, indices, 0))
+    lists = (indices * block_k, used, whole)
     out, lse = _attention(
-        q, k, v, table, bias, rows=block_q, tile=block_k, scale=scale, tuning=tuning, interpret=interpret
+        q, k, v, *lists, bias, rows=block_q, tile=block_k, scale=scale, tuning=tuning, interpret=interpret
     )
     return out[:, :, :queries], lse[:, :, :queries]
 
@@ -188,7 +208,7 @@ def block_mass(
         block_k=block_k,
         heads=heads,
         scale=scale,
-        vmem_bytes=vmem_bytes(),
+        vmem_bytes=chip().vmem_bytes,
         interpret=interpret,
     )
     mass = mass.reshape(batch, heads, *mass.shape[1:])[:, :, :nq, :nk]

@@ -2,8 +2,8 @@
 
 K and V of a head stay in VMEM where they fit and are gathered tile by tile from HBM where they do not. A softmax step
 takes a group of tiles, its scores are multiplied while the group before goes through its softmax, and the running
-maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. Tiles add a bias row to their
-scores where a turn of the loop has a tile that is not whole; a turn of whole tiles skips it.
+maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. Scores of a tile that is not
+whole get a bias row as they are written; in VMEM the whole tiles that a list ends with go without, turn by turn.
 """
 
 import functools
@@ -22,8 +22,8 @@ _LANES = 128
 _LOG2E = 1.4426950408889634
 # Floor of the running maximum: exp2(MASKED - m) is 0 for every m above it.
 _FLOOR = -1e30
-HEADER = 1
-"""Entries of a list before its tiles: how many there are."""
+HEADER = 3
+"""Entries of a list before its tiles: where it begins, its pairs of groups, and the turns of whole tiles after them."""
 DROPPED = 1 << 30
 """Entry of a tile that does not count: it reads tile 0 and the bias row past the last."""
 
@@ -54,23 +54,23 @@ class _Softmax:
         row = lax.div(self.table[0, HEADER + position], self.tile)
         return self.bias[pl.ds(jnp.minimum(row, self.bias.shape[0] - 1), 1), :]
 
-    def _biased(self, s: Array, position: Any) -> Array:
-        """Scores of at least `_LANES` keys whose first tile is at `position`, plus bias."""
-        if s.shape[1] == self.tile:
-            return s + self._bias(position)
-        # Two tiles of 64: the bias rows hold theirs twice.
-        first = lax.broadcasted_iota(jnp.int32, (1, s.shape[1]), 1) < self.tile
-        return s + jnp.where(first, self._bias(position), self._bias(position + 1))
-
-    def step(self, scores: Any, values: Array, position: Any, masked: bool = True) -> None:
-        """Takes in the group of tiles at `position`: `scores` [rows, keys] in VMEM, `values` [keys, D]."""
+    def mask(self, scores: Any, products: Any, position: Any) -> None:
+        """Writes `products` [rows, keys] of the group of tiles at `position` to `scores`, plus bias."""
         width = max(self.tile, _LANES)
-        parts = range(scores.shape[1] // width)
+        for i in range(0, scores.shape[1], width):
+            first = position + i // self.tile
+            row = self._bias(first)
+            if self.tile < _LANES:
+                # Two tiles of 64: the bias rows hold theirs twice.
+                left = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) < self.tile
+                row = jnp.where(left, row, self._bias(first + 1))
+            scores[:, i : i + width] = products[:, i : i + width] + row
 
-        def part(i: int) -> Array:
-            s = scores[:, i * width : (i + 1) * width]
-            return self._biased(s, position + i * width // self.tile) if masked else s
-
+    def step(self, scores: Any, values: Array) -> None:
+        """Takes in a group of tiles: `scores` [rows, keys] in VMEM, `values` [keys, D]."""
+        width = max(self.tile, _LANES)
+        part = lambda i: scores[:, i : i + width]
+        parts = range(0, scores.shape[1], width)
         top = functools.reduce(jnp.maximum, (part(i) for i in parts))
         m = self.m[...]
         m_new = jnp.maximum(m, top.max(1, keepdims=True) * self.scale)
@@ -111,30 +111,25 @@ def _resident_kernel(
     def gather(ref: Any, position: Any) -> Array:
         return jnp.concatenate([ref[pl.ds(_start(table, position + i, tile), tile), :] for i in range(group)], 0)
 
-    def multiply(position: Any, scores: Any) -> None:
-        scores[...] = contract(q[...], gather(k, position), 1, k.dtype)
+    def multiply(position: Any, scores: Any, masked: bool) -> None:
+        products = contract(q[...], gather(k, position), 1, k.dtype)
+        if masked:
+            softmax.mask(scores, products, position)
+        else:
+            scores[...] = products
 
-    def unrolled(i: Any, masked: bool) -> None:
-        for j in range(unroll):
-            position = i * turn + j * group
+    def steps(first: Any, count: int, masked: bool) -> None:
+        for j in range(count):
+            position = first + j * group
             # The scores of the next group, while this one goes through its softmax.
-            multiply(position + group, buffers[(j + 1) % 2])
-            softmax.step(buffers[j % 2], gather(v, position), position, masked)
+            multiply(position + group, buffers[(j + 1) % 2], masked)
+            softmax.step(buffers[j % 2], gather(v, position))
 
-    def whole_or_not(i: Array, carry: None) -> None:
-        partial = table[0, table.shape[1] - 1 - i] != 0
-        lax.cond(partial, lambda: unrolled(i, masked=True), lambda: unrolled(i, masked=False))
-
-    def remaining(i: Array, carry: None) -> None:
-        position = turns * turn + i * group
-        multiply(position, even)
-        softmax.step(even, gather(v, position), position)
-
-    turns = lax.div(table[0, 0], turn)
-    multiply(0, even)
-    lax.fori_loop(0, turns, whole_or_not, None)
-    left = table[0, 0] - turns * turn
-    lax.fori_loop(0, lax.div(left + group - 1, group), remaining, None)
+    first, pairs, turns = table[0, 0], table[0, 1], table[0, 2]
+    multiply(first, even, masked=True)
+    lax.fori_loop(0, pairs, lambda i, _: steps(first + i * 2 * group, 2, masked=True), None)
+    first = first + pairs * 2 * group
+    lax.fori_loop(0, turns, lambda i, _: steps(first + i * turn, unroll, masked=False), None)
     softmax.finish(out, lse)
 
 
@@ -145,13 +140,12 @@ def _gathered_kernel(
     out, lse, m, total, acc, even, odd, ring, arrived = rest
     softmax = _Softmax((m, total, acc), bias, table, tile, scale)
     head, group = pl.program_id(0), tuning.group
-    turn = 2 * group
-    turns = lax.div(table[0, 0] + turn - 1, turn)
+    turn, first, turns = 2 * group, table[0, 0], table[0, 1]
 
     def start(i: Any, slot: Any) -> None:
         for j in range(turn):
             # Past the end of the list this reads tile 0 once more: cheaper than a branch a tile.
-            which = lax.div(_start(table, i * turn + j, tile), tile)
+            which = lax.div(_start(table, first + i * turn + j, tile), tile)
             target = ring.at[slot, :, pl.ds(j * tile, tile)]
             pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
 
@@ -163,10 +157,10 @@ def _gathered_kernel(
         start(i + 1, 1 - slot)
         wait(slot)
         halves = [pl.ds(j * group * tile, group * tile) for j in range(2)]
-        for half, scores in zip(halves, (even, odd), strict=True):
-            scores[...] = contract(q[...], ring[slot, 0, half, :], 1, kv.dtype)
         for j, (half, scores) in enumerate(zip(halves, (even, odd), strict=True)):
-            softmax.step(scores, ring[slot, 1, half, :], i * turn + j * group)
+            softmax.mask(scores, contract(q[...], ring[slot, 0, half, :], 1, kv.dtype), first + i * turn + j * group)
+        for half, scores in zip(halves, (even, odd), strict=True):
+            softmax.step(scores, ring[slot, 1, half, :])
 
     start(0, 0)
     lax.fori_loop(0, turns, take, None)
@@ -179,8 +173,9 @@ def resident_bytes(keys: int, rows: int, dim: int, itemsize: int, tile: int, tun
     lanes = max(dim, _LANES)
     heads = 2 * keys * lanes * itemsize
     bias = 4 * keys // tile * max(tile, _LANES)
-    state = 4 * rows * (2 * tuning.group * tile + 2 * _LANES + lanes)
-    return heads + bias + state + 4 * rows * lanes * itemsize + (3 << 20)
+    # Two buffers of scores, and registers spilled of about as many.
+    state = 4 * rows * (4 * tuning.group * tile + 2 * _LANES + lanes)
+    return heads + bias + state + 4 * rows * lanes * itemsize + (rows * 6 << 10)
 
 
 def attention(
@@ -205,9 +200,9 @@ def attention(
       q: [B*H, Nq, D], Nq a multiple of `rows`.
       k: [B*H, Nk, D], Nk a multiple of `tile`.
       v: as k.
-      table: int32 [B*H or B, Nq / rows or 1, L]: of a list the number of its tiles, then the first key of each or
-        DROPPED, then `tuning.slack` or more times DROPPED. From its end backwards, for each turn of `group * unroll`
-        tiles whether any of them is not whole.
+      table: int32 [B*H or B, Nq / rows or 1, L] of lists. Each says where its tiles begin among the entries, how many
+        pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
+        alone; then come the entries, the first key of a tile or DROPPED, `tuning.slack` or more DROPPED at the end.
       bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all.
       rows: of a query block.
       tile: keys of a tile.

@@ -14,8 +14,10 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import block_count
 from pallas_kernels.tpu_attention import contract
 
+_LANES = 128
 _LOG2E = math.log2(math.e)
 
 
@@ -32,6 +34,7 @@ def _kernel(
     *,
     block_q: int,
     block_k: int,
+    used: int,
     heads: int,
     scale: float,
 ) -> None:
@@ -59,10 +62,17 @@ def _kernel(
 
     @pl.when(j == pl.num_programs(2) - 1)
     def _last() -> None:
-        row_sum[...] = sums[...].sum(0, keepdims=True)
-        weighted = sums[...] * weight[...]
-        columns = [weighted[:, i : i + block_q].sum(1, keepdims=True) for i in range(0, queries, block_q)]
-        mass[...] = jnp.concatenate(columns, 1).T
+        if used < sums.shape[0]:
+            sums[used:, :] = jnp.zeros((sums.shape[0] - used, queries), jnp.float32)
+
+        def strip(i: Array, total: Array) -> Array:
+            # Strip by strip: all at once the compiler spills more than VMEM holds of a long video.
+            keys = pl.ds(pl.multiple_of(i * _LANES, _LANES), _LANES)
+            weighted = (sums[keys, :] * weight[...]).T
+            mass[:, keys] = weighted.reshape(queries // block_q, block_q, _LANES).sum(1)
+            return total + sums[keys, :].sum(0, keepdims=True)
+
+        row_sum[...] = lax.fori_loop(0, sums.shape[0] // _LANES, strip, jnp.zeros_like(row_sum))
 
 
 def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
@@ -100,15 +110,17 @@ def block_mass(
       interpret: passed to pallas_call.
 
     Returns:
-      mass float32 [B*H, Nq / block_q, Nk / block_k], row_sum float32 [B*H, Nq].
+      mass float32 [B*H, Nq / block_q, Nk / block_k or more], numbers that nobody should read past the last block;
+      row_sum float32 [B*H, Nq].
     """
     (programs, queries, dim), keys = q.shape, k.shape[1]
     tile_q, tile_k = mass_tile(block_q, block_k)
-    blocks = keys // block_k
+    used = keys // block_k
+    blocks = _LANES * block_count(used, _LANES)
     partial = (valid.reshape(valid.shape[0], keys // tile_k, -1) < block_k).any(-1)
     row = lambda index: pl.BlockSpec((None, 1, tile_q), index)
     mass, row_sum = pl.pallas_call(
-        functools.partial(_kernel, block_q=block_q, block_k=block_k, heads=heads, scale=scale * _LOG2E),
+        functools.partial(_kernel, block_q=block_q, block_k=block_k, used=used, heads=heads, scale=scale * _LOG2E),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(programs, queries // tile_q, keys // tile_k),

@@ -87,10 +87,11 @@ class TpuAttentionTuning:
         return max(4, self.unroll) * self.group
 
 
-def tpu_attention_tuning(tile: int, tiles: int, dtype: Any) -> TpuAttentionTuning:
+def tpu_attention_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
     """Defaults for lists of at most `tiles` tiles: long steps, but few enough for short lists to fill."""
     narrow = jnp.dtype(dtype).itemsize == 2
-    group = (2048 if narrow else 1024) // tile
+    keys = 1024 if not narrow else 2560 if generation >= 6 and tile == 128 else 2048
+    group = keys // tile
     while group > 2 and 2 * group > tiles:
         group //= 2
     return TpuAttentionTuning(group=group, unroll=4 if narrow and tiles >= 4 * group else 2)
