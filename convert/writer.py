@@ -94,10 +94,11 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
 def _write_weights(source: Source, folder: Path, dtype: np.dtype, progress: Progress) -> None:
     """All parameters, a group at a time; holds one group in memory."""
     total, written = sum(leaf.size for leaf in source.leaves), 0
+    dtypes = source.dtypes(dtype)
     for group in _groups(source.leaves, dtype.itemsize):
         tree: dict[str, Any] = {}
         for leaf in group:
-            _merge(tree, nested(leaf.path, leaf.read(source.tensors, dtype)))
+            _merge(tree, nested(leaf.path, leaf.read(source.tensors, dtypes[leaf.path])))
         ocp.partial.save(folder, tree)
         del tree
         written += sum(leaf.size for leaf in group)
@@ -130,7 +131,7 @@ def convert(
     Args:
       src: a transformer folder, or a pipeline folder with transformer/.
       dst: must not exist, unless `overwrite` and it is a converted checkpoint or an empty folder.
-      dtype: of the written weights; None keeps the checkpoint's.
+      dtype: of the written weights, but of those that the architecture holds in float32; None keeps the checkpoint's.
       overwrite: replace an earlier conversion.
       progress: called with the numbers of parameters written so far and in all.
 

@@ -4,12 +4,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.hunyuan_video import HunyuanVideoTransformer
+    from models.transformer import VideoTransformer
 
 __all__ = ["from_pretrained"]
 
 
-def from_pretrained(path: str | Path, dtype: Any = None) -> "HunyuanVideoTransformer":
+def from_pretrained(path: str | Path, dtype: Any = None) -> "VideoTransformer":
     """Loads a transformer; see `models.loading.from_pretrained`. Imported late: the demo's training needs no flax."""
     from models import loading
 

@@ -4,9 +4,6 @@ Module names follow diffusers' parameter names. Blocks of a kind are stacked and
 state of each layer going through its xs and ys.
 """
 
-import dataclasses
-import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,13 +12,13 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout, adaspa_attention
+from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout
 from models.layers import (
+    EmbedMLP,
     FeedForward,
     LayerNorm,
     Linear,
     RMSNorm,
-    SiluMLP,
     gelu_tanh,
     layer_norm,
     merge_heads,
@@ -30,33 +27,28 @@ from models.layers import (
     split_heads,
     timestep_embedding,
 )
-from models.rope import apply_rope, rope_tables
+from models.rope import rope_tables
+from models.transformer import (
+    DENSE,
+    AttentionCall,
+    Grid,
+    TransformerConfig,
+    VideoTransformer,
+    check_shape,
+    patchify,
+    scan_blocks,
+    stack,
+    unpatchify,
+)
 from pallas_kernels import Implementation
 
 TIME_CHANNELS = 256
 """Sinusoids of a timestep."""
-_COUNTS = {
-    "in_channels",
-    "out_channels",
-    "num_attention_heads",
-    "attention_head_dim",
-    "num_layers",
-    "num_single_layers",
-    "num_refiner_layers",
-    "patch_size",
-    "patch_size_t",
-    "text_embed_dim",
-    "pooled_projection_dim",
-}
-"""Fields of the config that are whole numbers from 1."""
 
 
 @dataclass(frozen=True)
-class HunyuanVideoConfig:
-    """diffusers' config names and defaults: the 13B text-to-video model.
-
-    Raises NotImplementedError for an architecture that is not ported, ValueError for numbers that cannot work.
-    """
+class HunyuanVideoConfig(TransformerConfig):
+    """diffusers' names and defaults: the 13B text-to-video model."""
 
     in_channels: int = 16
     out_channels: int = 16
@@ -75,66 +67,34 @@ class HunyuanVideoConfig:
     rope_theta: float = 256.0
     rope_axes_dim: tuple[int, ...] = (16, 56, 56)
     image_condition_type: str | None = None
+    """Image to video: "latent_concat" takes the image as further channels of the latents, "token_replace" as their
+    first frame, which is then modulated as at timestep 0."""
 
     def __post_init__(self) -> None:
-        if self.image_condition_type is not None:
-            raise NotImplementedError(
-                f"image_condition_type={self.image_condition_type!r}: image-to-video is not ported, only None is"
+        # diffusers: without out_channels as many as go in
+        self._set(out_channels=self.out_channels or self.in_channels, rope_axes_dim=tuple(self.rope_axes_dim))
+        self._check_ported(qk_norm="rms_norm")
+        self._check_counts("in_channels", "out_channels", "num_attention_heads", "attention_head_dim")
+        self._check_counts("num_layers", "num_single_layers", "num_refiner_layers", "patch_size", "patch_size_t")
+        self._check_counts("text_embed_dim", "pooled_projection_dim")
+        if self.image_condition_type not in (None, "latent_concat", "token_replace"):
+            raise ValueError(
+                f"image_condition_type={self.image_condition_type!r} must be None, 'latent_concat' or 'token_replace'"
             )
-        if self.qk_norm != "rms_norm":
-            raise NotImplementedError(f"qk_norm={self.qk_norm!r} is not ported, only 'rms_norm' is")
-        if self.out_channels is None:  # diffusers: as many as go in
-            object.__setattr__(self, "out_channels", self.in_channels)
-        object.__setattr__(self, "rope_axes_dim", tuple(self.rope_axes_dim))
-        for field in dataclasses.fields(self):
-            value = getattr(self, field.name)
-            if field.name in _COUNTS and (type(value) is not int or value < 1):
-                raise ValueError(f"{field.name}={value!r} must be a whole number of at least 1")
         axes = self.rope_axes_dim
         if len(axes) != 3 or any(type(n) is not int or n < 2 or n % 2 for n in axes):
             raise ValueError(f"rope_axes_dim={axes} must be three even numbers: frames, rows, columns")
         if sum(axes) != self.attention_head_dim:
             raise ValueError(f"rope_axes_dim={axes} must add up to attention_head_dim={self.attention_head_dim}")
 
-    @classmethod
-    def from_dict(cls, config: dict[str, Any]) -> "HunyuanVideoConfig":
-        """From a config.json; keys that start with "_" are ignored, unknown ones are a ValueError."""
-        known = {f.name for f in dataclasses.fields(cls)}
-        fields = {k: v for k, v in config.items() if not k.startswith("_") and k != "adaspa_jax"}
-        unknown = sorted(set(fields) - known)
-        if unknown:
-            raise ValueError(f"config.json has options this port does not know: {', '.join(unknown)}")
-        return cls(**fields)
-
     @property
-    def width(self) -> int:
-        """Channels of a token."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def patch(self) -> tuple[int, int, int]:
+    def patch(self) -> Grid:
         """Frames, rows and columns of a patch."""
         return self.patch_size_t, self.patch_size, self.patch_size
 
-    @property
-    def patch_volume(self) -> int:
-        """Latent positions of a patch."""
-        return math.prod(self.patch)
-
-
-def _stack(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
-    """`count` modules as one, every parameter with a leading layer axis."""
-
-    @nnx.split_rngs(splits=count)
-    @nnx.vmap(in_axes=0, out_axes=0)
-    def build(rngs: nnx.Rngs) -> nnx.Module:
-        return create(rngs)
-
-    return build(rngs)
-
 
 class PatchEmbed(nnx.Module):
-    """A linear map of each patch; the channels of a patch are ordered (C, pt, ph, pw), as a Conv3d kernel is."""
+    """A linear map of each patch."""
 
     def __init__(self, config: HunyuanVideoConfig, *, dtype: Any, rngs: nnx.Rngs):
         self.proj = Linear(config.in_channels * config.patch_volume, config.width, dtype=dtype, rngs=rngs)
@@ -142,21 +102,17 @@ class PatchEmbed(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[B, C, F, H, W] to [B, f * h * w, width]."""
-        batch, channels, *size = x.shape
-        f, h, w = (n // p for n, p in zip(size, self.patch, strict=True))
-        pt, ph, pw = self.patch
-        x = x.reshape(batch, channels, f, pt, h, ph, w, pw).transpose(0, 2, 4, 6, 1, 3, 5, 7)
-        return self.proj(x.reshape(batch, f * h * w, -1))
+        return self.proj(patchify(x, self.patch))
 
 
 class TimeTextEmbed(nnx.Module):
     """Embeds timestep, pooled text and, for a guidance-distilled model, the guidance scale."""
 
     def __init__(self, text_dim: int, width: int, guidance: bool, *, dtype: Any, rngs: nnx.Rngs):
-        self.timestep_embedder = SiluMLP(TIME_CHANNELS, width, dtype=dtype, rngs=rngs)
-        self.text_embedder = SiluMLP(text_dim, width, dtype=dtype, rngs=rngs)
+        self.timestep_embedder = EmbedMLP(TIME_CHANNELS, width, dtype=dtype, rngs=rngs)
+        self.text_embedder = EmbedMLP(text_dim, width, dtype=dtype, rngs=rngs)
         if guidance:
-            self.guidance_embedder = SiluMLP(TIME_CHANNELS, width, dtype=dtype, rngs=rngs)
+            self.guidance_embedder = EmbedMLP(TIME_CHANNELS, width, dtype=dtype, rngs=rngs)
 
     def __call__(self, timestep: Array, pooled: Array, guidance: Array | None = None) -> Array:
         """timestep [B], pooled [B, text_dim], guidance [B] to [B, width]."""
@@ -167,6 +123,18 @@ class TimeTextEmbed(nnx.Module):
         return embedding + self.text_embedder(pooled)
 
 
+@dataclass(frozen=True)
+class Conditioning:
+    """What modulates the tokens."""
+
+    temb: Array
+    """[B, width]."""
+    image_temb: Array | None = None
+    """[B, width], of the tokens of the first frame if they hold a clean image ("token_replace")."""
+    first_frame: Array | None = None
+    """bool [1, L, 1], with `image_temb`: which tokens those are."""
+
+
 class Modulation(nnx.Module):
     """SiLU and a linear map of the conditioning vector, cut into `parts`."""
 
@@ -175,8 +143,17 @@ class Modulation(nnx.Module):
         self.parts = parts
 
     def __call__(self, temb: Array) -> list[Array]:
-        """[B, width] to `parts` times [B, width]."""
-        return jnp.split(self.linear(silu(temb)), self.parts, axis=-1)
+        """[B, width] to `parts` times [B, 1, width]."""
+        return jnp.split(self.linear(silu(temb))[:, None], self.parts, axis=-1)
+
+    def of_tokens(self, conditioning: Conditioning, tokens: int) -> list[Array]:
+        """`parts` times [B, 1, width], or [B, tokens, width] where the first frame is an image."""
+        parts = self(conditioning.temb)
+        if conditioning.image_temb is None or conditioning.first_frame is None:
+            return parts
+        first = conditioning.first_frame[:, :tokens]
+        pairs = zip(self(conditioning.image_temb), parts, strict=True)
+        return [jnp.where(first, of_image, part) for of_image, part in pairs]
 
 
 class RefinerAttention(nnx.Module):
@@ -208,8 +185,8 @@ class RefinerBlock(nnx.Module):
     def __call__(self, x: Array, temb: Array, mask: Array) -> Array:
         """x [B, T, width]."""
         gate_attn, gate_ff = self.norm_out(temb)
-        x = x + self.attn(self.norm1(x), mask) * gate_attn[:, None]
-        return x + self.ff(self.norm2(x), silu) * gate_ff[:, None]
+        x = x + self.attn(self.norm1(x), mask) * gate_attn
+        return x + self.ff(self.norm2(x), silu) * gate_ff
 
 
 class TokenRefiner(nnx.Module):
@@ -219,7 +196,7 @@ class TokenRefiner(nnx.Module):
         self.time_text_embed = TimeTextEmbed(config.text_embed_dim, config.width, False, dtype=dtype, rngs=rngs)
         self.proj_in = Linear(config.text_embed_dim, config.width, dtype=dtype, rngs=rngs)
         create = lambda rngs: RefinerBlock(config, dtype=dtype, rngs=rngs)
-        self.refiner_blocks = _stack(create, config.num_refiner_layers, rngs)
+        self.refiner_blocks = stack(create, config.num_refiner_layers, rngs)
 
     def __call__(self, text: Array, timestep: Array, mask: Array) -> Array:
         """text [B, T, E], mask [B, T] to [B, T, width]."""
@@ -263,41 +240,6 @@ class JointAttention(nnx.Module):
         return self.norm_added_q(q), self.norm_added_k(k), v
 
 
-@dataclass(frozen=True)
-class AttentionCall:
-    """What all layers of one forward pass share."""
-
-    layout: TokenLayout
-    config: SparseConfig
-    block_valid: Array
-    cos: Array
-    sin: Array
-    implementation: Implementation | None
-
-    def rotate(self, x: Array) -> Array:
-        """RoPE on the video part of [B, L or video_length, H, D]."""
-        video = self.layout.video_length
-        rotated = apply_rope(x[:, :video], self.cos, self.sin)
-        return rotated if x.shape[1] == video else jnp.concatenate([rotated, x[:, video:]], axis=1)
-
-    def __call__(
-        self, q: Array, k: Array, v: Array, state: SparseState | None, kind: Any
-    ) -> tuple[Array, SparseState | None]:
-        """[B, L, H, D] each to ([B, L, width], state)."""
-        out, state = adaspa_attention(
-            q,
-            k,
-            v,
-            state,
-            StepKind.DENSE if state is None else kind,
-            layout=self.layout,
-            config=self.config,
-            block_valid=self.block_valid,
-            implementation=self.implementation,
-        )
-        return merge_heads(out), state
-
-
 class DualStreamBlock(nnx.Module):
     """Video and text with weights of their own, joined in attention."""
 
@@ -308,12 +250,18 @@ class DualStreamBlock(nnx.Module):
         self.ff, self.ff_context = (FeedForward(width, hidden, dtype=dtype, rngs=rngs) for _ in range(2))
 
     def __call__(
-        self, video: Array, text: Array, temb: Array, call: AttentionCall, state: SparseState | None, kind: Any
-    ) -> tuple[Array, Array, SparseState | None]:
-        """video [B, Nv, width], text [B, Nt, width], temb [B, width]."""
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1(temb)
-        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = self.norm1_context(temb)
+        self,
+        video: Array,
+        text: Array,
+        conditioning: Conditioning,
+        call: AttentionCall,
+        state: SparseState | None,
+        kind: Any,
+    ) -> tuple[tuple[Array, Array], SparseState | None]:
+        """video [B, Nv, width], text [B, Nt, width]."""
         length = video.shape[1]
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1.of_tokens(conditioning, length)
+        t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = self.norm1_context(conditioning.temb)
         with jax.named_scope("qkv"):
             q, k, v = self.attn.video_qkv(modulate(layer_norm(video), shift, scale))  # [B, Nv, H, D]
             text_q, text_k, text_v = self.attn.text_qkv(modulate(layer_norm(text), t_shift, t_scale))  # [B, Nt, H, D]
@@ -321,12 +269,12 @@ class DualStreamBlock(nnx.Module):
             q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)  # [B, L, H, D]
         with jax.named_scope("attention"):
             out, state = call(q, k, v, state, kind)  # [B, L, width]
-            video = video + self.attn.to_out(out[:, :length]) * gate[:, None]
-            text = text + self.attn.to_add_out(out[:, length:]) * t_gate[:, None]
+            video = video + self.attn.to_out(out[:, :length]) * gate
+            text = text + self.attn.to_add_out(out[:, length:]) * t_gate
         with jax.named_scope("mlp"):
             ff = self.ff(modulate(layer_norm(video), ff_shift, ff_scale), gelu_tanh)
             text_ff = self.ff_context(modulate(layer_norm(text), t_ff_shift, t_ff_scale), gelu_tanh)
-            return video + ff_gate[:, None] * ff, text + t_ff_gate[:, None] * text_ff, state
+            return (video + ff_gate * ff, text + t_ff_gate * text_ff), state
 
 
 class SingleStreamBlock(nnx.Module):
@@ -340,10 +288,10 @@ class SingleStreamBlock(nnx.Module):
         self.proj_out = Linear(width + hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Array, temb: Array, call: AttentionCall, state: SparseState | None, kind: Any
+        self, x: Array, conditioning: Conditioning, call: AttentionCall, state: SparseState | None, kind: Any
     ) -> tuple[Array, SparseState | None]:
-        """x [B, L, width], temb [B, width]."""
-        shift, scale, gate = self.norm(temb)
+        """x [B, L, width]."""
+        shift, scale, gate = self.norm.of_tokens(conditioning, x.shape[1])
         normed = modulate(layer_norm(x), shift, scale)  # [B, L, width]
         with jax.named_scope("qkv"):
             q, k, v = self.attn.video_qkv(normed)  # [B, L, H, D]
@@ -352,11 +300,11 @@ class SingleStreamBlock(nnx.Module):
             out, state = call(q, k, v, state, kind)  # [B, L, width]
         with jax.named_scope("mlp"):
             hidden = jnp.concatenate([out, gelu_tanh(self.proj_mlp(normed))], axis=-1)  # [B, L, width + hidden]
-            return x + gate[:, None] * self.proj_out(hidden), state
+            return x + gate * self.proj_out(hidden), state
 
 
-class HunyuanVideoTransformer(nnx.Module):
-    """The denoiser. Parameters and computation share `dtype`; norms and softmax are float32 inside."""
+class HunyuanVideoTransformer(VideoTransformer):
+    """The denoiser, text to video and image to video."""
 
     def __init__(self, config: HunyuanVideoConfig, *, dtype: Any = jnp.float32, rngs: nnx.Rngs):
         self.config = config
@@ -369,35 +317,14 @@ class HunyuanVideoTransformer(nnx.Module):
         )
         dual = lambda rngs: DualStreamBlock(config, dtype=dtype, rngs=rngs)
         single = lambda rngs: SingleStreamBlock(config, dtype=dtype, rngs=rngs)
-        self.transformer_blocks = _stack(dual, config.num_layers, rngs)
-        self.single_transformer_blocks = _stack(single, config.num_single_layers, rngs)
+        self.transformer_blocks = stack(dual, config.num_layers, rngs)
+        self.single_transformer_blocks = stack(single, config.num_single_layers, rngs)
         self.norm_out = Modulation(width, 2, dtype=dtype, rngs=rngs)
         self.proj_out = Linear(width, config.out_channels * config.patch_volume, dtype=dtype, rngs=rngs)
 
-    def layout(self, latent_shape: tuple[int, int, int], text: int, config: SparseConfig | None = None) -> TokenLayout:
-        """The token layout for latents of (F, H, W) and `text` text tokens; None: raster order.
-
-        Raises ValueError if the patch does not divide the latents, with the nearest size that fits.
-        """
-        patch = self.config.patch
-        if any(n % p or n < p for n, p in zip(latent_shape, patch, strict=True)):
-            nearest = tuple(max(p, round(n / p) * p) for n, p in zip(latent_shape, patch, strict=True))
-            raise ValueError(f"latents of {tuple(latent_shape)} are no multiple of the {patch=}; nearest: {nearest}")
-        grid = [n // p for n, p in zip(latent_shape, patch, strict=True)]
-        return (config or _DENSE).layout((grid[0], grid[1], grid[2]), text)
-
-    def init_state(
-        self,
-        config: SparseConfig,
-        batch: int,
-        latent_shape: tuple[int, int, int],
-        text: int,
-        keep_mass: bool = False,
-    ) -> tuple[SparseState, SparseState]:
-        """Empty states of the dual- and the single-stream layers, each stacked over its layers."""
-        layout, heads = self.layout(latent_shape, text, config), self.config.num_attention_heads
-        create = lambda layers: SparseState.create(layout, config, batch, heads, layers, keep_mass)
-        return create(self.config.num_layers), create(self.config.num_single_layers)
+    def stack_sizes(self) -> tuple[int, ...]:
+        """Dual-stream layers, single-stream layers."""
+        return self.config.num_layers, self.config.num_single_layers
 
     def __call__(
         self,
@@ -409,11 +336,11 @@ class HunyuanVideoTransformer(nnx.Module):
         guidance: Array | None = None,
         *,
         config: SparseConfig | None = None,
-        state: tuple[SparseState, SparseState] | None = None,
+        state: tuple[SparseState, ...] | None = None,
         step_kind: StepKind | int | Array = StepKind.DENSE,
         implementation: Implementation | None = None,
     ) -> Any:
-        """Predicts the velocity.
+        """Predicts the velocity; keywords and return as `VideoTransformer` says.
 
         Args:
           hidden_states: latents [B, C, F, H, W].
@@ -423,10 +350,10 @@ class HunyuanVideoTransformer(nnx.Module):
           pooled_projections: [B, pooled_projection_dim].
           guidance: [B], 1000 * scale, if the model embeds guidance, else None. diffusers' pipeline multiplies in the
             model's dtype: 6016 for a scale of 6 in bfloat16.
-          config: how AdaSpa runs; None: dense, in raster order.
-          state: from `init_state`; None: dense.
-          step_kind: StepKind or traced int32 scalar; needs a state unless dense.
-          implementation: which kernels run, see `pallas_kernels`.
+          config: how AdaSpa runs.
+          state: its state.
+          step_kind: what this step does.
+          implementation: which kernels run.
 
         Returns:
           The sample [B, out_channels, F, H, W]; with a state, (sample, new state).
@@ -438,83 +365,55 @@ class HunyuanVideoTransformer(nnx.Module):
             hidden_states, encoder_hidden_states, encoder_attention_mask, pooled_projections, timestep, guidance
         )
         batch, text_length = encoder_attention_mask.shape
+        sparse = config or DENSE
+        kinds = self._layer_kinds(sparse, step_kind, state)
         frames, height, width = hidden_states.shape[2:]
-        sparse = config or _DENSE
         layout = self.layout((frames, height, width), text_length, sparse)
-        if state is None and not (isinstance(step_kind, int) and step_kind == StepKind.DENSE):
-            raise ValueError(f"{step_kind=} needs a state; make one with init_state")
+        rope = rope_tables(layout.grid, self.config.rope_axes_dim, self.config.rope_theta)
+        text_valid = encoder_attention_mask.sum(1, dtype=jnp.int32)
+        call = AttentionCall.create(layout, sparse, rope, batch, implementation, text_valid)
 
         with jax.named_scope("embed"):
-            temb = self.time_text_embed(timestep, pooled_projections, guidance)  # [B, width]
+            conditioning = self._conditioning(timestep, pooled_projections, guidance, layout)
             text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
             text = layout.pack_text(text)  # [B, Nt, width]
             video = layout.pack_video(self.x_embedder(hidden_states))  # [B, Nv, width]
-        cos, sin = rope_tables(layout.grid, self.config.rope_axes_dim, self.config.rope_theta)
-        valid = layout.block_valid(encoder_attention_mask.sum(1, dtype=jnp.int32), batch)
-        cos, sin = layout.pack_video(cos[None]), layout.pack_video(sin[None])  # [1, Nv, D / 2]
-        call = AttentionCall(layout, sparse, valid, cos, sin, implementation)
-        video, new_state = self._blocks(video, text, temb, call, state, step_kind)
-        with jax.named_scope("output"):
-            scale, shift = self.norm_out(temb)
-            tokens = self.proj_out(modulate(layer_norm(video), shift, scale))  # [B, Nv, C * pt * ph * pw]
-            sample = self._unpatchify(layout.unpack_video(tokens), layout.grid)
-        return sample if state is None else (sample, new_state)
-
-    def _blocks(
-        self, video: Array, text: Array, temb: Array, call: AttentionCall, state: Any, step_kind: Any
-    ) -> tuple[Array, Any]:
-        """All transformer blocks; returns the video tokens and the new states."""
-        dual_layers = self.config.num_layers
-        kinds = call.config.layer_kinds(step_kind, dual_layers + self.config.num_single_layers)
-        dual_state, single_state = (None, None) if state is None else state
-        graph, weights = nnx.split(self.transformer_blocks)
-
-        def dual(carry: Any, xs: Any) -> Any:
-            weights, layer_state, kind = xs
-            video, text, layer_state = nnx.merge(graph, weights)(*carry, temb, call, layer_state, kind)
-            return (video.astype(carry[0].dtype), text.astype(carry[1].dtype)), layer_state
-
+        dual_state, single_state = state or (None, None)
+        dual = lambda block, carry, *layer: block(*carry, conditioning, call, *layer)
         with jax.named_scope("dual_stream_blocks"):
-            (video, text), dual_state = lax.scan(dual, (video, text), (weights, dual_state, kinds[:dual_layers]))
-        single_graph, single_weights = nnx.split(self.single_transformer_blocks)
-
-        def single(x: Array, xs: Any) -> Any:
-            weights, layer_state, kind = xs
-            new, layer_state = nnx.merge(single_graph, weights)(x, temb, call, layer_state, kind)
-            return new.astype(x.dtype), layer_state
-
+            (video, text), dual_state = scan_blocks(dual, self.transformer_blocks, (video, text), dual_state, kinds[0])
+        single = lambda block, x, *layer: block(x, conditioning, call, *layer)
         x = jnp.concatenate([video, text], axis=1)  # [B, L, width]
         with jax.named_scope("single_stream_blocks"):
-            x, single_state = lax.scan(single, x, (single_weights, single_state, kinds[dual_layers:]))
-        return x[:, : call.layout.video_length], (dual_state, single_state)
+            x, single_state = scan_blocks(single, self.single_transformer_blocks, x, single_state, kinds[1])
+        with jax.named_scope("output"):
+            scale, shift = self.norm_out(conditioning.temb)
+            video = modulate(layer_norm(x[:, : layout.video_length]), shift, scale)  # [B, Nv, width]
+            tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
+            sample = unpatchify(tokens, layout.grid, self.config.patch)
+        return sample if state is None else (sample, (dual_state, single_state))
 
-    def _unpatchify(self, tokens: Array, grid: tuple[int, int, int]) -> Array:
-        """[B, f * h * w, C * pt * ph * pw] to [B, C, F, H, W]."""
-        (f, h, w), (pt, ph, pw) = grid, self.config.patch
-        x = tokens.reshape(-1, f, h, w, self.config.out_channels, pt, ph, pw).transpose(0, 4, 1, 5, 2, 6, 3, 7)
-        return x.reshape(-1, self.config.out_channels, f * pt, h * ph, w * pw)
+    def _conditioning(
+        self, timestep: Array, pooled: Array, guidance: Array | None, layout: TokenLayout
+    ) -> Conditioning:
+        temb = self.time_text_embed(timestep, pooled, guidance)
+        if self.config.image_condition_type != "token_replace":
+            return Conditioning(temb)
+        _, rows, columns = layout.grid
+        first = layout.pack_video(jnp.arange(layout.video_tokens)[None] < rows * columns)  # [1, Nv]
+        first = jnp.pad(first, ((0, 0), (0, layout.text_length)))[..., None]  # [1, L, 1]
+        return Conditioning(temb, self.time_text_embed(jnp.zeros_like(timestep), pooled), first)
 
     def _check(
         self, latents: Array, text: Array, mask: Array, pooled: Array, timestep: Array, guidance: Array | None
     ) -> None:
         c, batch = self.config, latents.shape[0]
-        if latents.ndim != 5 or latents.shape[1] != c.in_channels:
-            raise ValueError(f"hidden_states must be [B, {c.in_channels}, F, H, W]; got {list(latents.shape)}")
-        if text.ndim != 3 or text.shape[::2] != (batch, c.text_embed_dim):
-            expected = f"[{batch}, T, {c.text_embed_dim}]"
-            raise ValueError(f"encoder_hidden_states must be {expected}; got {list(text.shape)}")
-        shapes: dict[str, tuple[Array | None, tuple[int, ...]]] = {
-            "encoder_attention_mask": (mask, text.shape[:2]),
-            "pooled_projections": (pooled, (batch, c.pooled_projection_dim)),
-            "timestep": (timestep, (batch,)),
-        }
+        check_shape("hidden_states", latents, ("B", c.in_channels, "F", "H", "W"))
+        check_shape("encoder_hidden_states", text, (batch, "T", c.text_embed_dim))
+        check_shape("encoder_attention_mask", mask, text.shape[:2])
+        check_shape("pooled_projections", pooled, (batch, c.pooled_projection_dim))
+        check_shape("timestep", timestep, (batch,))
         if c.guidance_embeds:
-            shapes["guidance"] = (guidance, (batch,))
+            check_shape("guidance", guidance, (batch,))
         elif guidance is not None:
             raise ValueError("guidance is given, but this model has guidance_embeds=False; leave it None")
-        for name, (x, shape) in shapes.items():
-            if x is None or x.shape != shape:
-                raise ValueError(f"{name} must be {list(shape)}; got {None if x is None else list(x.shape)}")
-
-
-_DENSE = SparseConfig(token_order="raster")

@@ -10,13 +10,17 @@ import numpy as np
 
 from models.safetensors_folder import CheckpointError, Tensor, is_finite
 
-Kind = Literal["linear", "conv", "norm"]
+Kind = Literal["linear", "conv", "norm", "array", "unused"]
 Path = tuple[str, ...]
 
 
 @dataclass(frozen=True)
 class Rule:
-    """Modules whose key matches `source` (a regex; its group "layer" numbers a stack) fill the NNX module `target`."""
+    """Modules whose key matches `source` (a regex; its group "layer" numbers a stack) fill the NNX module `target`.
+
+    Of kind "array" source and target are no modules but parameters of their own, taken as they are; "unused" ones are
+    left out.
+    """
 
     source: str
     target: str
@@ -53,7 +57,7 @@ class Leaf:
 
 
 def to_nnx(value: np.ndarray, kind: Kind, name: str) -> np.ndarray:
-    """A PyTorch weight in NNX layout: kernels are [in, out], a Conv3d over patches is one of them."""
+    """A PyTorch weight in NNX layout: kernels are [in, out], a Conv2d or Conv3d over patches is one of them."""
     if name != "kernel":
         return value
     return value.reshape(value.shape[0], -1).T if kind == "conv" else value.T
@@ -67,7 +71,8 @@ def _name(kind: Kind, parameter: str) -> str:
 
 def map_keys(keys: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[Path, dict[int, tuple[str, Kind]]], list[str]]:
     """(NNX path -> layer -> (key, kind), keys no rule matches); layer -1 outside stacks."""
-    compiled = [(re.compile(rule.source + r"\.(?P<parameter>weight|bias)"), rule) for rule in rules]
+    suffix = lambda kind: "" if kind == "array" else r"\.(?P<parameter>weight|bias)"
+    compiled = [(re.compile(rule.source + suffix(rule.kind)), rule) for rule in rules]
     mapped: dict[Path, dict[int, tuple[str, Kind]]] = {}
     unexpected = []
     for key in keys:
@@ -78,11 +83,13 @@ def map_keys(keys: Iterable[str], rules: Iterable[Rule]) -> tuple[dict[Path, dic
         if len(hits) > 1:
             raise AssertionError(f"{key!r} matches {len(hits)} rules")
         match, rule = hits[0]
+        if rule.kind == "unused":
+            continue
         groups = match.groupdict()
         layer = int(groups["layer"]) if "layer" in groups else -1
         target = rule.target.format(*match.groups()) if "{" in rule.target else rule.target
-        path = (*target.split("."), _name(rule.kind, groups["parameter"]))
-        mapped.setdefault(path, {})[layer] = (key, rule.kind)
+        names = () if rule.kind == "array" else (_name(rule.kind, groups["parameter"]),)
+        mapped.setdefault((*target.split("."), *names), {})[layer] = (key, rule.kind)
     return mapped, unexpected
 
 
@@ -95,7 +102,7 @@ def _torch_shape(expected: tuple[int, ...], kind: Kind, name: str, found: tuple[
     """Whether a tensor of shape `found` fills one layer of shape `expected`."""
     if name != "kernel":
         return found == expected
-    flat = (found[0], math.prod(found[1:])) if kind == "conv" and len(found) == 5 else found
+    flat = (found[0], math.prod(found[1:])) if kind == "conv" and len(found) > 2 else found
     return flat == expected[::-1]
 
 

@@ -77,7 +77,7 @@ class HunyuanVideoPipeline:
                 )
             parts[name] = json.loads((path / name).read_text())
         size = parts["model_index.json"].get("sample_size")
-        if size is None or transformer.config.in_channels != 3:
+        if not isinstance(transformer, HunyuanVideoTransformer) or size is None or transformer.config.in_channels != 3:
             raise ValueError(
                 f"{path} samples latents of {transformer.config.in_channels} channels, which need a VAE and prompt "
                 "embeddings; this version decodes pixel-space checkpoints such as models/demo/checkpoint"

@@ -1,17 +1,14 @@
-"""The port against diffusers, with random weights; the 13B model by shapes alone."""
+"""HunyuanVideo against diffusers, with random weights; the published sizes by shapes alone."""
 
-import jax.numpy as jnp
+from typing import Any
+
 import numpy as np
 import pytest
-import torch
 from diffusers import HunyuanVideoTransformer3DModel
+from flax import nnx
 
-import models
-from adaspa_jax import SparseConfig
-from models import hunyuan_keys, loading
-from models.hunyuan_video import HunyuanVideoConfig
-from models.key_table import plan
-from tests.relative_error import relative_error
+from models.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
+from tests.models.ports import check_adaspa, check_checkpoint, check_parity, jax_inputs
 
 SMALL = {
     "in_channels": 4,
@@ -25,69 +22,85 @@ SMALL = {
     "pooled_projection_dim": 16,
     "rope_axes_dim": (16, 24, 24),
 }
-CONFIGS = {
-    "D 64": SMALL,
-    "D 128, guidance off": SMALL
+VARIANTS = {
+    "T2V": SMALL,
+    "T2V, D 128, guidance off": SMALL
     | {"attention_head_dim": 128, "rope_axes_dim": (16, 56, 56), "guidance_embeds": False, "num_refiner_layers": 2},
-    "temporal patch": SMALL | {"patch_size_t": 2, "out_channels": 3, "mlp_ratio": 2.0},
+    "T2V, temporal patch": SMALL | {"patch_size_t": 2, "out_channels": 3, "mlp_ratio": 2.0},
+    "I2V, latents": SMALL | {"in_channels": 9, "image_condition_type": "latent_concat", "guidance_embeds": False},
+    "I2V, tokens": SMALL | {"image_condition_type": "token_replace"},
 }
 
 
-def reference(options: dict) -> HunyuanVideoTransformer3DModel:
-    torch.manual_seed(0)
-    model = HunyuanVideoTransformer3DModel(**options).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim == 1:  # norms and biases start as ones and zeros
-                parameter.add_(0.1 * torch.randn_like(parameter))
-    return model
-
-
-def inputs_of(options: dict) -> dict[str, np.ndarray]:
-    rng = np.random.default_rng(0)
-    mask = np.zeros((2, 11), np.int64)
-    mask[0, :11], mask[1, :4] = 1, 1
+def inputs_of(name: str, size: tuple[int, int, int], text: int = 11) -> dict[str, np.ndarray]:
+    options, rng = VARIANTS[name], np.random.default_rng(0)
     inputs = {
-        "hidden_states": rng.standard_normal((2, 4, 4 if "patch_size_t" in options else 3, 10, 14), np.float32),
+        "hidden_states": rng.standard_normal((2, options["in_channels"], *size), np.float32),
         "timestep": np.array([937.0, 41.5], np.float32),
-        "encoder_hidden_states": rng.standard_normal((2, 11, 24), np.float32),
-        "encoder_attention_mask": mask,
+        "encoder_hidden_states": rng.standard_normal((2, text, 24), np.float32),
+        "encoder_attention_mask": (np.arange(text) < [[text], [4]]).astype(np.int64),
         "pooled_projections": rng.standard_normal((2, 16), np.float32),
     }
     return inputs | ({"guidance": np.full(2, 6000.0, np.float32)} if options.get("guidance_embeds", True) else {})
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_parity_with_diffusers(name: str, tmp_path) -> None:
-    options, inputs = CONFIGS[name], inputs_of(CONFIGS[name])
-    torch_model = reference(options)
-    torch_model.save_pretrained(tmp_path)
-    tensors = {k: torch.from_numpy(v) for k, v in inputs.items()}
-    with torch.no_grad():
-        expected = torch_model(**tensors, return_dict=False)[0].numpy()
-        low = {k: v.bfloat16() if v.is_floating_point() and k != "timestep" else v for k, v in tensors.items()}
-        torch_low = torch_model.bfloat16()(**low, return_dict=False)[0].float().numpy()
-    distance = lambda x: relative_error(np.asarray(x, np.float32), expected)
-
-    arrays = {k: jnp.asarray(v) for k, v in inputs.items() if k != "encoder_attention_mask"}
-    arrays["encoder_attention_mask"] = jnp.asarray(inputs["encoder_attention_mask"].astype(np.int32))
-    model = models.from_pretrained(tmp_path, dtype="float32")
-    for config in (None, SparseConfig(block_size=16, token_order="cube")):
-        assert distance(model(**arrays, config=config)) <= 5e-6
-
-    narrow = {
-        k: v.astype(jnp.bfloat16) if jnp.issubdtype(v.dtype, jnp.floating) and k != "timestep" else v
-        for k, v in arrays.items()
-    }
-    assert distance(models.from_pretrained(tmp_path, dtype="bfloat16")(**narrow)) <= 1.5 * distance(torch_low)
+    frames = 2 if "temporal" in name else 1
+    sizes = [inputs_of(name, (2 * frames, 10, 14)), inputs_of(name, (3 * frames, 6, 18))]
+    check_parity(HunyuanVideoTransformer3DModel, VARIANTS[name], sizes, tmp_path)
 
 
-def test_every_key_and_shape_of_the_13b_model_is_mapped() -> None:
-    with torch.device("meta"):
-        tensors = HunyuanVideoTransformer3DModel().state_dict()
-    shapes = loading.parameter_shapes(loading.abstract_model(HunyuanVideoConfig(), jnp.bfloat16))
-    leaves = plan(tensors, hunyuan_keys.DIFFUSERS, shapes, hunyuan_keys.STACKS)
-    used = [key for leaf in leaves for key in leaf.keys]
-    assert len(used) == len(set(used)) == 1264
-    assert set(used) == set(tensors)
-    assert sum(leaf.size for leaf in leaves) == 12_821_012_544
+PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "T2V 13B": ({}, 1264, 12_821_012_544),
+    "I2V 13B, latents": (
+        {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False},
+        1260,
+        12_821_012_544 + 17 * 4 * 3072 - 3072 * (256 + 3072 + 2),
+    ),
+    "I2V 13B, tokens": ({"image_condition_type": "token_replace"}, 1264, 12_821_012_544),
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_every_key_and_shape_of_the_checkpoint_is_mapped(name: str) -> None:
+    options, keys, parameters = PUBLISHED[name]
+    check_checkpoint(HunyuanVideoTransformer3DModel, options, keys, parameters)
+
+
+def create(name: str = "T2V") -> HunyuanVideoTransformer:
+    return HunyuanVideoTransformer(HunyuanVideoConfig.from_dict(VARIANTS[name]), rngs=nnx.Rngs(0))
+
+
+def test_adaspa_runs_inside() -> None:
+    check_adaspa(create, inputs_of("T2V", (2, 24, 24), text=17), (2, 24, 24), 17)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"qk_norm": "layer_norm"}, NotImplementedError, "qk_norm='layer_norm' is not ported"),
+        ({"image_condition_type": "clip"}, ValueError, "image_condition_type='clip' must be None, 'latent_concat'"),
+        ({"rope_axes_dim": (16, 56, 58)}, ValueError, "must add up to attention_head_dim=128"),
+        ({"num_layers": 1.5}, ValueError, "num_layers=1.5 must be a whole number"),
+        ({"norm": 1}, ValueError, "does not know: norm"),
+    ],
+)
+def test_configs_that_cannot_work(change: dict, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        HunyuanVideoConfig.from_dict(change)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"hidden_states": np.zeros((2, 3, 2, 10, 14))}, r"must be \[B, 4, F, H, W\]; got \[2, 3, 2, 10, 14\]"),
+        ({"hidden_states": np.zeros((2, 4, 2, 9, 14))}, r"no multiple of the patch=\(1, 2, 2\); nearest: \(2, 8, 14\)"),
+        ({"encoder_attention_mask": np.zeros((2, 10))}, r"encoder_attention_mask must be \[2, 11\]; got \[2, 10\]"),
+        ({"guidance": None}, r"guidance must be \[2\]; got None"),
+        ({"step_kind": 3}, "step_kind=3 needs a state; make one with init_state"),
+    ],
+)
+def test_inputs_that_do_not_fit(change: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        create()(**jax_inputs(inputs_of("T2V", (2, 10, 14))) | change)
