@@ -321,7 +321,7 @@ class CogVideoXTransformer(VideoTransformer):
         check_shape("encoder_hidden_states", encoder_hidden_states, (batch, "T", c.text_embed_dim))
         check_shape("timestep", timestep, (batch,))
         sparse = config or DENSE
-        (kinds,) = self._layer_kinds(sparse, step_kind, state)
+        (layers,) = self._stacks(sparse, step_kind, state)
         frames, _, height, width = hidden_states.shape[1:]
         layout = self.layout((frames, height, width), encoder_hidden_states.shape[1], sparse)
         rope = self._rope(image_rotary_emb, layout.grid)
@@ -334,7 +334,7 @@ class CogVideoXTransformer(VideoTransformer):
             x = jnp.concatenate([layout.pack_video(video), layout.pack_text(text)], axis=1)  # [B, L, width]
         run = lambda block, x, *layer: block(x, temb, call, *layer)
         with jax.named_scope("blocks"):
-            x, new_state = scan_blocks(run, self.transformer_blocks, x, None if state is None else state[0], kinds)
+            x, new_state = scan_blocks(run, self.transformer_blocks, x, layers)
         with jax.named_scope("output"):
             video = self.norm_out(self.norm_final(x[:, : layout.video_length]), temb)  # [B, Nv, width]
             tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]

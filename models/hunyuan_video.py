@@ -366,7 +366,7 @@ class HunyuanVideoTransformer(VideoTransformer):
         )
         batch, text_length = encoder_attention_mask.shape
         sparse = config or DENSE
-        kinds = self._layer_kinds(sparse, step_kind, state)
+        dual_layers, single_layers = self._stacks(sparse, step_kind, state)
         frames, height, width = hidden_states.shape[2:]
         layout = self.layout((frames, height, width), text_length, sparse)
         rope = rope_tables(layout.grid, self.config.rope_axes_dim, self.config.rope_theta)
@@ -378,14 +378,13 @@ class HunyuanVideoTransformer(VideoTransformer):
             text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
             text = layout.pack_text(text)  # [B, Nt, width]
             video = layout.pack_video(self.x_embedder(hidden_states))  # [B, Nv, width]
-        dual_state, single_state = state or (None, None)
-        dual = lambda block, carry, *layer: block(*carry, conditioning, call, *layer)
         with jax.named_scope("dual_stream_blocks"):
-            (video, text), dual_state = scan_blocks(dual, self.transformer_blocks, (video, text), dual_state, kinds[0])
-        single = lambda block, x, *layer: block(x, conditioning, call, *layer)
-        x = jnp.concatenate([video, text], axis=1)  # [B, L, width]
+            dual = lambda block, carry, *layer: block(*carry, conditioning, call, *layer)
+            (video, text), dual_state = scan_blocks(dual, self.transformer_blocks, (video, text), dual_layers)
         with jax.named_scope("single_stream_blocks"):
-            x, single_state = scan_blocks(single, self.single_transformer_blocks, x, single_state, kinds[1])
+            single = lambda block, x, *layer: block(x, conditioning, call, *layer)
+            x = jnp.concatenate([video, text], axis=1)  # [B, L, width]
+            x, single_state = scan_blocks(single, self.single_transformer_blocks, x, single_layers)
         with jax.named_scope("output"):
             scale, shift = self.norm_out(conditioning.temb)
             video = modulate(layer_norm(x[:, : layout.video_length]), shift, scale)  # [B, Nv, width]

@@ -132,12 +132,15 @@ class VideoTransformer(nnx.Module):
         """See the class."""
         raise NotImplementedError
 
-    def _layer_kinds(self, config: SparseConfig, step_kind: Any, state: Any) -> list[Array]:
-        """int32 [layers] for each stack: the step kind of its layers. ValueError if the step needs a state."""
+    def _stacks(self, config: SparseConfig, step_kind: Any, state: Any) -> list[tuple[SparseState | None, Array]]:
+        """For each stack of blocks its state and int32 [layers] step kinds. ValueError if these do not fit."""
+        sizes = self.stack_sizes()
         if state is None and not (isinstance(step_kind, int) and step_kind == StepKind.DENSE):
             raise ValueError(f"{step_kind=} needs a state; make one with init_state")
-        sizes = self.stack_sizes()
-        return jnp.split(config.layer_kinds(step_kind, sum(sizes)), np.cumsum(sizes)[:-1])
+        if state is not None and len(state) != len(sizes):
+            raise ValueError(f"state must hold {len(sizes)} SparseStates, from init_state; got {len(state)}")
+        kinds = jnp.split(config.layer_kinds(step_kind, sum(sizes)), np.cumsum(sizes)[:-1])
+        return list(zip([None] * len(sizes) if state is None else state, kinds, strict=True))
 
 
 @dataclass(frozen=True)
@@ -206,21 +209,20 @@ def scan_blocks(
     run: Callable[[Any, Carry, SparseState | None, Array], tuple[Carry, SparseState | None]],
     blocks: nnx.Module,
     carry: Carry,
-    state: SparseState | None,
-    kinds: Array,
+    layers: tuple[SparseState | None, Array],
 ) -> tuple[Carry, SparseState | None]:
-    """Runs stacked blocks one after the other, each with the state and the step kind of its layer.
+    """Runs stacked blocks one after the other, each with its layer's part of `layers`: state and step kind.
 
     `run(block, carry, state, kind)` gives the next carry, which is cast back to the carry's dtypes, and the new state.
     """
     graph, weights = nnx.split(blocks)
 
     def step(carry: Carry, xs: Any) -> Any:
-        weights, layer_state, kind = xs
-        new, layer_state = run(nnx.merge(graph, weights), carry, layer_state, kind)
-        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, carry), layer_state
+        weights, (state, kind) = xs
+        new, state = run(nnx.merge(graph, weights), carry, state, kind)
+        return jax.tree.map(lambda x, old: x.astype(old.dtype), new, carry), state
 
-    return lax.scan(step, carry, (weights, state, kinds))
+    return lax.scan(step, carry, (weights, layers))
 
 
 def patchify(x: Array, patch: Grid) -> Array:

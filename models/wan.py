@@ -277,7 +277,7 @@ class WanTransformer(VideoTransformer):
         check_shape("hidden_states", hidden_states, ("B", c.in_channels, "F", "H", "W"))
         check_shape("encoder_hidden_states", encoder_hidden_states, (batch, "T", c.text_dim))
         sparse = config or DENSE
-        (kinds,) = self._layer_kinds(sparse, step_kind, state)
+        (layers,) = self._stacks(sparse, step_kind, state)
         frames, height, width = hidden_states.shape[2:]
         layout = self.layout((frames, height, width), 0, sparse)
         check_shape("timestep", timestep, (batch,) if timestep.ndim == 1 else (batch, layout.video_tokens))
@@ -292,7 +292,7 @@ class WanTransformer(VideoTransformer):
             x = layout.pack_video(self.patch_embedding(patchify(hidden_states, c.patch)))  # [B, Nv, width]
         run = lambda block, x, *layer: block(x, text, image, time, call, *layer)
         with jax.named_scope("blocks"):
-            x, new_state = scan_blocks(run, self.blocks, x, None if state is None else state[0], kinds)
+            x, new_state = scan_blocks(run, self.blocks, x, layers)
         with jax.named_scope("output"):
             shift, scale = modulation(self.scale_shift_table[...], temb[:, :, None])
             x = modulate(layer_norm(x.astype(jnp.float32), eps=c.eps), shift, scale).astype(x.dtype)

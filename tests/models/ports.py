@@ -89,14 +89,39 @@ def check_parity(cls: type, options: dict[str, Any], sizes: list[Inputs], folder
 def check_checkpoint(cls: type, options: dict[str, Any], keys: int, parameters: int) -> None:
     """Every key of the full-size checkpoint fills one parameter of its shape, and every parameter is filled."""
     with torch.device("meta"):
-        tensors = cls(**options).state_dict()
-    port = PORTS[cls.__name__]
-    model = loading.abstract_model(port, port.config.from_dict(options), jnp.bfloat16)
+        reference = cls(**options)
+    tensors, port = reference.state_dict(), PORTS[cls.__name__]
+    config = port.config.from_dict(dict(reference.config))
+    assert config == port.config.from_dict(options)  # the same defaults
+    model = loading.abstract_model(port, config, jnp.bfloat16)
     leaves = plan(tensors, port.rules, loading.parameter_shapes(model), port.stacks)
     used = [key for leaf in leaves for key in leaf.keys]
     assert len(used) == len(set(used)) == keys
     assert set(used) == set(tensors)
     assert sum(leaf.size for leaf in leaves) == parameters
+
+
+def check_full_size_call(
+    cls: type, options: dict[str, Any], shapes: dict[str, tuple[int, ...]], latent_shape: tuple[int, int, int]
+) -> None:
+    """A bfloat16 step of the full-size model with AdaSpa, by shapes alone."""
+    port, sparse = PORTS[cls.__name__], SparseConfig(block_size=128)
+    text, batch = shapes["encoder_hidden_states"][1], shapes["hidden_states"][0]
+
+    def step(kind: jax.Array, inputs: Inputs) -> Any:
+        create: Any = port.model
+        model = create(port.config.from_dict(options), dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+        state = model.init_state(sparse, batch, latent_shape, text)
+        return model(**inputs, config=sparse, state=state, step_kind=kind), state
+
+    integers = {"encoder_attention_mask": jnp.int32, "timestep": jnp.float32}
+    inputs = {name: jax.ShapeDtypeStruct(shape, integers.get(name, jnp.bfloat16)) for name, shape in shapes.items()}
+    (sample, new_state), state = jax.eval_shape(step, jax.ShapeDtypeStruct((), jnp.int32), inputs)
+    channels = port.config.from_dict(options).out_channels
+    expected = list(shapes["hidden_states"])
+    expected[2 if "CogVideoX" in cls.__name__ else 1] = channels
+    assert (list(sample.shape), sample.dtype) == (expected, jnp.bfloat16)
+    assert new_state == state
 
 
 def _search_then_sparse(

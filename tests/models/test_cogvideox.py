@@ -19,7 +19,7 @@ from models.cogvideox import (
     sinusoidal_positions,
 )
 from models.rope import rope_tables
-from tests.models.ports import call, check_adaspa, check_checkpoint, check_parity, jax_inputs
+from tests.models.ports import call, check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
 from tests.relative_error import relative_error
 
 SMALL = {
@@ -149,6 +149,17 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
 def test_every_key_and_shape_of_the_checkpoint_is_mapped(name: str) -> None:
     options, keys, parameters = PUBLISHED[name]
     check_checkpoint(CogVideoXTransformer3DModel, options, keys, parameters)
+
+
+def test_a_768p_step_by_shapes() -> None:
+    options, size = PUBLISHED["1.5 5B I2V"][0], (22, 96, 170)
+    shapes = {
+        "hidden_states": (2, 22, 32, 96, 170),
+        "timestep": (2,),
+        "encoder_hidden_states": (2, 226, 4096),
+        "ofs": (1,),
+    }
+    check_full_size_call(CogVideoXTransformer3DModel, options, shapes, size)
 
 
 def create(name: str = "1.5 T2V") -> CogVideoXTransformer:

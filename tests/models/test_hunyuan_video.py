@@ -8,7 +8,7 @@ from diffusers import HunyuanVideoTransformer3DModel
 from flax import nnx
 
 from models.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
-from tests.models.ports import check_adaspa, check_checkpoint, check_parity, jax_inputs
+from tests.models.ports import check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
 
 SMALL = {
     "in_channels": 4,
@@ -68,6 +68,18 @@ def test_every_key_and_shape_of_the_checkpoint_is_mapped(name: str) -> None:
     check_checkpoint(HunyuanVideoTransformer3DModel, options, keys, parameters)
 
 
+def test_a_720p_step_by_shapes() -> None:
+    shapes = {
+        "hidden_states": (1, 16, 33, 90, 160),
+        "timestep": (1,),
+        "encoder_hidden_states": (1, 256, 4096),
+        "encoder_attention_mask": (1, 256),
+        "pooled_projections": (1, 768),
+        "guidance": (1,),
+    }
+    check_full_size_call(HunyuanVideoTransformer3DModel, PUBLISHED["I2V 13B, tokens"][0], shapes, (33, 90, 160))
+
+
 def create(name: str = "T2V") -> HunyuanVideoTransformer:
     return HunyuanVideoTransformer(HunyuanVideoConfig.from_dict(VARIANTS[name]), rngs=nnx.Rngs(0))
 
@@ -98,6 +110,7 @@ def test_configs_that_cannot_work(change: dict, error: type[Exception], message:
         ({"hidden_states": np.zeros((2, 4, 2, 9, 14))}, r"no multiple of the patch=\(1, 2, 2\); nearest: \(2, 8, 14\)"),
         ({"encoder_attention_mask": np.zeros((2, 10))}, r"encoder_attention_mask must be \[2, 11\]; got \[2, 10\]"),
         ({"guidance": None}, r"guidance must be \[2\]; got None"),
+        ({"state": ()}, "state must hold 2 SparseStates, from init_state; got 0"),
         ({"step_kind": 3}, "step_kind=3 needs a state; make one with init_state"),
     ],
 )

@@ -9,7 +9,7 @@ from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from models.wan import WanConfig, WanTransformer
-from tests.models.ports import check_adaspa, check_checkpoint, check_parity, jax_inputs
+from tests.models.ports import check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
 
 SMALL = {
     "num_attention_heads": 2,
@@ -79,6 +79,20 @@ PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
 def test_every_key_and_shape_of_the_checkpoint_is_mapped(name: str) -> None:
     options, keys, parameters = PUBLISHED[name]
     check_checkpoint(WanTransformer3DModel, options, keys, parameters)
+
+
+@pytest.mark.parametrize("name", ["2.1 I2V 14B", "2.2 TI2V 5B"])
+def test_a_720p_step_by_shapes(name: str) -> None:
+    options = PUBLISHED[name][0]
+    size = (31, 44, 80) if "TI2V" in name else (21, 90, 160)
+    shapes: dict[str, tuple[int, ...]] = {
+        "hidden_states": (2, options["in_channels"], *size),
+        "timestep": (2, 31 * 22 * 40) if "TI2V" in name else (2,),
+        "encoder_hidden_states": (2, 512, 4096),
+    }
+    if "image_dim" in options:
+        shapes["encoder_hidden_states_image"] = (2, 257, 1280)
+    check_full_size_call(WanTransformer3DModel, options, shapes, size)
 
 
 def create(name: str = "2.1 T2V", dtype: Any = jnp.float32) -> WanTransformer:
