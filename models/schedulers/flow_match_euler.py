@@ -1,11 +1,12 @@
-"""Samplers as per-step scalar tables built in numpy and a small step, for one `lax.scan`."""
+"""Euler steps of flow matching: HunyuanVideo, and Wan checkpoints that ask for it."""
 
-import math
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from jax import Array
+
+from models.schedulers import options
 
 _CLASS = "FlowMatchEulerDiscreteScheduler"
 _MUST_BE_OFF = (
@@ -22,7 +23,7 @@ _MUST_BE_OFF = (
 
 @dataclass(frozen=True)
 class FlowMatchEuler:
-    """Euler steps of a flow-matching model (diffusers `FlowMatchEulerDiscreteScheduler`, HunyuanVideo's sigmas).
+    """Euler steps of a flow-matching model (diffusers `FlowMatchEulerDiscreteScheduler`).
 
     Raises ValueError for numbers that cannot work.
     """
@@ -30,38 +31,40 @@ class FlowMatchEuler:
     shift: float = 7.0
     """Time shift: sigma -> shift * sigma / (1 + (shift - 1) * sigma)."""
     train_timesteps: int = 1000
+    default_sigmas: bool = False
+    """Which sigmas are shifted. False: 1 to 0, the last left out, which `HunyuanVideoPipeline` passes. True: those of
+    `set_timesteps(steps)` alone, as `WanPipeline` calls it: they end at the least sigma of training, itself shifted."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.shift < math.inf:
-            raise ValueError(f"shift={self.shift} must be positive")
-        if self.train_timesteps < 1:
-            raise ValueError(f"train_timesteps={self.train_timesteps} must be at least 1")
+        options.check_positive(shift=self.shift)
+        options.check_train_timesteps(self.train_timesteps)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "FlowMatchEuler":
         """From a diffusers scheduler_config.json. Raises ValueError for what would sample differently."""
-        if config.get("_class_name") != _CLASS:
-            raise ValueError(
-                f"scheduler {config.get('_class_name')!r} is not supported; this model samples with {_CLASS}"
-            )
-        for option in _MUST_BE_OFF:
-            if config.get(option):
-                raise ValueError(f"scheduler option {option}={config[option]!r} is not supported; it must be off")
-        shift, train = config.get("shift", 1.0), config.get("num_train_timesteps", 1000)
-        for name, value in (("shift", shift), ("num_train_timesteps", train)):
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ValueError(f"scheduler option {name}={value!r} must be a number")
+        options.check_class(config, _CLASS)
+        options.check_off(config, *_MUST_BE_OFF)
+        shift, train = options.number(config, "shift", 1.0), options.number(config, "num_train_timesteps", 1000)
         return cls(float(shift), int(train))
+
+    def _shifted(self, sigmas: np.ndarray) -> np.ndarray:
+        return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)
+
+    def _sigmas(self, steps: int) -> np.ndarray:
+        """float32 [steps], rounded where diffusers rounds."""
+        if not self.default_sigmas:
+            return self._shifted(np.linspace(1.0, 0.0, steps + 1)[:-1].astype(np.float32)).astype(np.float32)
+        train = np.array([self.train_timesteps, 1], np.float32) / np.float32(self.train_timesteps)
+        first, last = self._shifted(train).astype(np.float64)
+        return self._shifted(np.linspace(first, last, steps)).astype(np.float32)
 
     def tables(self, steps: int) -> dict[str, np.ndarray]:
         """float32 [steps] each: `timestep` = 1000 * sigma, and `dt`, the change of sigma (negative).
 
         Raises ValueError for fewer than one step.
         """
-        if steps < 1:
-            raise ValueError(f"{steps=} must be at least 1")
-        sigmas = np.linspace(1.0, 0.0, steps + 1)[:-1].astype(np.float32)
-        sigmas = (self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).astype(np.float32)
+        options.check_steps(steps)
+        sigmas = self._sigmas(steps)
         return {
             "timestep": sigmas * np.float32(self.train_timesteps),
             "dt": np.append(sigmas[1:], np.float32(0)) - sigmas,
@@ -77,4 +80,4 @@ class FlowMatchEuler:
 
     def step(self, carry: Array, prediction: Array, row: dict[str, Array]) -> Array:
         """latents + dt * velocity, in the latents' dtype."""
-        return carry + row["dt"] * prediction.astype(carry.dtype)
+        return (carry + row["dt"] * prediction.astype(carry.dtype)).astype(carry.dtype)

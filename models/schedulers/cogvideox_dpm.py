@@ -1,0 +1,91 @@
+"""CogVideoX's stochastic DPM-Solver++ (2M)."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from models.schedulers.cogvideox_ddim import CogVideoXSchedule, x0_from_velocity
+
+Noise = Callable[[Array, Array, Array], Array]
+
+
+def normal(key: Array, number: Array, latents: Array) -> Array:
+    """Standard normal noise shaped like the latents; `number` of the step is not used, the key differs in each."""
+    return jax.random.normal(key, latents.shape, latents.dtype)
+
+
+class DPMCarry(NamedTuple):
+    """The state of the solver."""
+
+    latents: Array
+    x0: Array
+    """Clean latents predicted in the step before, shaped like the latents."""
+    key: Array
+    """PRNG key of the noise still to be drawn."""
+
+
+@dataclass(frozen=True)
+class CogVideoXDPM(CogVideoXSchedule):
+    """SDE DPM-Solver++ of second order on v-prediction (diffusers `CogVideoXDPMScheduler`).
+
+    It adds noise in every step but the last.
+    """
+
+    seed: Any = 0
+    """Of the noise: an int, or a traced int32 scalar or PRNG key, so that another seed needs no compilation."""
+    noise: Noise = normal
+    """(key, int32 number of the step from 0, latents) -> noise shaped like the latents."""
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> "CogVideoXDPM":
+        """From a diffusers scheduler_config.json. Raises ValueError for what would sample differently."""
+        return cls._from_config(config, "CogVideoXDPMScheduler")
+
+    def tables(self, steps: int) -> dict[str, np.ndarray]:
+        """[steps] each, computed in float64.
+
+        float32 `timestep` (whole numbers), `alpha`, `sigma`; factors of latents, clean latents and noise;
+        `extrapolate`: how far the clean latents are carried on along their last change. int32 `number` of the step.
+        Raises ValueError for fewer than one step or more than there are timesteps.
+        """
+        timestep, now, after, ends = self._rows(steps)
+        with np.errstate(divide="ignore", invalid="ignore"):  # alpha_bar is 0 at first, 1 at last
+            log_snr = 0.5 * np.log(now / (1 - now))
+            h = 0.5 * np.log(after / (1 - after)) - log_snr
+            extrapolate = h / (2 * np.diff(log_snr, prepend=np.nan))
+        first_order = ends | (np.arange(steps) == 0)
+        table = {
+            "timestep": timestep,
+            "alpha": np.sqrt(now),
+            "sigma": np.sqrt(1 - now),
+            "from_latents": np.sqrt((1 - after) / (1 - now)) * np.exp(-h),
+            "from_x0": -np.expm1(-2 * h) * np.sqrt(after),
+            "from_noise": np.sqrt(1 - after) * np.sqrt(-np.expm1(-2 * h)),
+            "extrapolate": np.where(first_order, 0, extrapolate),
+        }
+        rows = {name: value.astype(np.float32) for name, value in table.items()}
+        return rows | {"number": np.arange(steps, dtype=np.int32)}
+
+    def init(self, latents: Array) -> DPMCarry:
+        """No history: the tables give it no weight in the first step."""
+        is_key = isinstance(self.seed, Array) and jnp.issubdtype(self.seed.dtype, jax.dtypes.prng_key)
+        return DPMCarry(latents, jnp.zeros_like(latents), self.seed if is_key else jax.random.key(self.seed))
+
+    def latents(self, carry: DPMCarry) -> Array:
+        """What the model sees next."""
+        return carry.latents
+
+    def step(self, carry: DPMCarry, prediction: Array, row: dict[str, Array]) -> DPMCarry:
+        """Moves towards the extrapolated clean latents and adds noise, in the latents' dtype."""
+        latents, before, key = carry
+        key, this_key = jax.random.split(key)
+        x0 = x0_from_velocity(latents, prediction, row)
+        target = x0 + row["extrapolate"] * (x0 - before)
+        noise = self.noise(this_key, row["number"], latents)
+        moved = row["from_latents"] * latents + row["from_x0"] * target + row["from_noise"] * noise
+        return DPMCarry(moved.astype(latents.dtype), x0.astype(latents.dtype), key)
