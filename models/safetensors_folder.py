@@ -118,7 +118,9 @@ def read_folder(folder: Path) -> dict[str, Tensor]:
     if not (folder / INDEX).exists():
         if (folder / SINGLE).exists():
             return _read_shard(inside(folder, SINGLE))
-        raise CheckpointError(f"{folder} holds neither {SINGLE} nor {INDEX}; give a diffusers transformer folder")
+        raise CheckpointError(
+            f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a diffusers transformer or VAE"
+        )
     weight_map = read_json(inside(folder, INDEX)).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{folder / INDEX} has no valid weight_map; download it again")
