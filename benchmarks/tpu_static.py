@@ -292,6 +292,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     schedule = _schedule(case)
     if "gathered" in schedule.name and case.kernel != "gathered":
         turn *= 2 / _tuning(case, generation)[2].unroll  # it knows no longer turns
+        turn *= tpu.GATHERED_ROWS / 128 if case.kernel == "dense" else 1
     turn *= case.head_dim / 128
     # The loop of block mass is its grid, with one over strips of the result inside that it runs at the end of a row.
     candidates = [loop for loop in loops(schedule) if loop.innermost or case.kernel == "block_mass"]
@@ -301,13 +302,14 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)
     reread = {"block_mass": tpu_mass.mass_tile(case.block, case.block)[0], "splash": 1024, "flash": 2048}
-    rows = reread.get(case.kernel, case.block if "gathered" in schedule.name else TOKENS)
+    gathered = tpu.GATHERED_ROWS if case.kernel == "dense" else case.block
+    rows = reread.get(case.kernel, gathered if "gathered" in schedule.name else TOKENS)
     layer_ms: float | None = _layer_ms(case, CHIPS[chip], all_in)
     hbm_ms: float | None = _hbm_ms(case, CHIPS[chip], rows)
     if case.kernel == "matmul":
         layer_ms = hbm_ms = None
     if case.kernel == "select":
-        hbm_ms = 1e3 * (compiled.cost_analysis() or {})["optimal_seconds"]
+        hbm_ms = (compiled.cost_analysis() or {})["bytes accessed"] / (CHIPS[chip].hbm_gb_per_s * 1e6)
         layer_ms = cycles * turn / (CHIPS[chip].ghz * 1e6) + hbm_ms
     return {
         "kernel": case.kernel,
@@ -333,7 +335,7 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
     """Targets that a row misses, in words."""
     found = []
     for row in rows:
-        if (row["dtype"], row["head_dim"]) != ("bfloat16", 128):
+        if (row["dtype"], row["head_dim"], row["tokens"]) != ("bfloat16", 128, TOKENS):
             continue
         target = TARGETS.get((row["kernel"], row["block"]), {}).get(row["chip"], math.inf)
         if (cycles := row["cycles_per_block"]) > target:

@@ -15,6 +15,8 @@ from pallas_kernels.dispatch import Request
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
 
 _BLOCKS = (64, 128, 256)
+GATHERED_ROWS = 512
+"""Of a dense query block where K and V come from HBM: fewer would wait for them."""
 _RESERVED_VMEM = 128 << 10
 """Of a core, in bytes: what the compiler keeps for itself."""
 
@@ -51,7 +53,7 @@ def chip() -> Chip:
 
 
 def _lists(starts: Array, used: Array, whole: Array, tuning: TpuAttentionTuning, resident: bool) -> Array:
-    """Lists int32 [..., L] for `tpu_attention.attention` from first keys [..., tiles]; unused tiles are DROPPED."""
+    """Lists int32 [..., L] for `tpu_attention.attention` from first keys [..., tiles]; unused tiles are dropped."""
     pair, turn = 2 * tuning.group, tuning.group * tuning.unroll
     place = 1 + jnp.arange(starts.shape[-1], dtype=jnp.int32)
     length = jnp.where(used, place, 0).max(-1, keepdims=True)
@@ -59,9 +61,10 @@ def _lists(starts: Array, used: Array, whole: Array, tuning: TpuAttentionTuning,
     turns = (length - partial) // turn if resident else jnp.zeros_like(length)
     head = length - turns * turn
     pairs = -(-head // pair)
-    entries = jnp.where(used, starts, tpu_attention.DROPPED)
-    ends = ((0, 0),) * (entries.ndim - 1) + ((pair, tuning.slack),)
-    entries = jnp.pad(entries, ends, constant_values=tpu_attention.DROPPED)
+    # What is dropped reads a tile of the list all the same: one that is not in use may hold NaN.
+    dropped = tpu_attention.DROPPED + jnp.where(used, starts, 0).max(-1, keepdims=True)
+    ends = ((0, 0),) * (starts.ndim - 1) + ((pair, tuning.slack),)
+    entries = jnp.where(jnp.pad(used, ends), jnp.pad(starts, ends), dropped)
     return jnp.concatenate([pair + head - pairs * pair, pairs, turns, entries], -1, dtype=jnp.int32)
 
 
@@ -78,6 +81,14 @@ def _tile_bias(
     return (jnp.concatenate([bias, bias], -1) if tile == 64 else bias), valid[:, :-1].all(-1)
 
 
+def _resident(k: Array, rows: int, tile: int, tuning: TpuAttentionTuning) -> bool:
+    """Whether K and V of a head, [B, H, N, D] padded to tiles, stay in VMEM: where they fit the chip."""
+    if tuning.resident is not None:
+        return tuning.resident
+    needed = tpu_attention.resident_bytes(k.shape[2], rows, k.shape[3], k.dtype.itemsize, tile, tuning)
+    return needed <= chip().vmem_bytes
+
+
 def _attention(
     q: Array,
     k: Array,
@@ -90,17 +101,15 @@ def _attention(
     rows: int,
     tile: int,
     scale: float,
+    resident: bool,
     tuning: TpuAttentionTuning,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Runs the kernel on padded [B, H, N, D] arrays, in the memory that K and V fit.
+    """Runs the kernel on [B, H, N, D] arrays, K and V padded to tiles.
 
     `starts`, `used` and `whole`, [B, H or 1, Nq / rows or 1, tiles], say of each list which tiles it has.
     """
-    batch, heads, queries, dim = q.shape
-    limit = chip().vmem_bytes
-    needed = tpu_attention.resident_bytes(k.shape[2], rows, dim, q.dtype.itemsize, tile, tuning)
-    resident = needed <= limit if tuning.resident is None else tuning.resident
+    batch, heads, queries = q.shape[:3]
     table = _lists(starts, used, whole, tuning, resident)
     flat = lambda x: x.reshape(-1, *x.shape[2:])
     out, lse = tpu_attention.attention(
@@ -114,7 +123,7 @@ def _attention(
         heads=heads,
         scale=scale,
         resident=resident,
-        vmem_bytes=limit,
+        vmem_bytes=chip().vmem_bytes,
         tuning=tuning,
         interpret=interpret,
     )
@@ -133,16 +142,18 @@ def flash_attention(
     tuning: TpuAttentionTuning | None = None,
 ) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
-    batch, keys, queries, tile = q.shape[0], k.shape[2], q.shape[2], 128
+    batch, keys, tile = q.shape[0], k.shape[2], 128
     tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype, chip().generation)
-    q, k, v = pad_tokens(q, 128), pad_tokens(k, tile), pad_tokens(v, tile)
+    k, v = pad_tokens(k, tile), pad_tokens(v, tile)
+    resident = _resident(k, tile, tile, tuning)
+    rows = tile if resident else GATHERED_ROWS
     bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], tile)
     tiles = k.shape[2] // tile
     indices = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), (batch, tiles))
     order = partial_first(indices, jnp.full(batch, tiles), ~whole)[:, None, None]
     lists = (tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order))
-    out, lse = _attention(q, k, v, *lists, bias, rows=128, tile=tile, scale=scale, tuning=tuning, interpret=interpret)
-    return out[:, :, :queries], lse[:, :, :queries]
+    sizes: dict[str, Any] = {"rows": rows, "tile": tile, "scale": scale, "resident": resident}
+    return _attention(q, k, v, *lists, bias, **sizes, tuning=tuning, interpret=interpret)
 
 
 def block_sparse_attention(
@@ -160,18 +171,17 @@ def block_sparse_attention(
     tuning: TpuAttentionTuning | None = None,
 ) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    batch, queries, keys = q.shape[0], q.shape[2], k.shape[2]
+    batch, keys = q.shape[0], k.shape[2]
     tuning = tuning or tpu_attention_tuning(block_k, indices.shape[-1], q.dtype, chip().generation)
-    q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
+    k, v = pad_tokens(k, block_k), pad_tokens(v, block_k)
     bias, whole = _tile_bias(block_valid, batch, block_k, keys, k.shape[2], block_k)
     indices, kmax = indices.astype(jnp.int32), indices.shape[-1]
     used = (indices >= 0) & (indices < k.shape[2] // block_k) & (jnp.arange(kmax) < counts[..., None])
     whole = lookup(whole[:, None, None], jnp.where(used, indices, 0))
     lists = (indices * block_k, used, whole)
-    out, lse = _attention(
-        q, k, v, *lists, bias, rows=block_q, tile=block_k, scale=scale, tuning=tuning, interpret=interpret
-    )
-    return out[:, :, :queries], lse[:, :, :queries]
+    resident = _resident(k, block_q, block_k, tuning)
+    sizes: dict[str, Any] = {"rows": block_q, "tile": block_k, "scale": scale, "resident": resident}
+    return _attention(q, k, v, *lists, bias, **sizes, tuning=tuning, interpret=interpret)
 
 
 def block_mass(

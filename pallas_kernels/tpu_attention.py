@@ -16,6 +16,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from pallas_kernels.blocks import block_count
 from pallas_kernels.tuning import TpuAttentionTuning
 
 _LANES = 128
@@ -25,7 +26,7 @@ _FLOOR = -1e30
 HEADER = 3
 """Entries of a list before its tiles: where it begins, its pairs of groups, and the turns of whole tiles after them."""
 DROPPED = 1 << 30
-"""Entry of a tile that does not count: it reads tile 0 and the bias row past the last."""
+"""Added to the entry of a tile that is read but does not count: its bias is the row past the last."""
 
 
 def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
@@ -144,7 +145,7 @@ def _gathered_kernel(
 
     def start(i: Any, slot: Any) -> None:
         for j in range(turn):
-            # Past the end of the list this reads tile 0 once more: cheaper than a branch a tile.
+            # Past the end of the list this reads one of its tiles once more: cheaper than a branch a tile.
             which = lax.div(_start(table, first + i * turn + j, tile), tile)
             target = ring.at[slot, :, pl.ds(j * tile, tile)]
             pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
@@ -197,12 +198,13 @@ def attention(
     """Attention of query blocks of `rows` rows over their lists of key tiles.
 
     Args:
-      q: [B*H, Nq, D], Nq a multiple of `rows`.
+      q: [B*H, Nq, D]; rows of the last block past its end are never written.
       k: [B*H, Nk, D], Nk a multiple of `tile`.
       v: as k.
-      table: int32 [B*H or B, Nq / rows or 1, L] of lists. Each says where its tiles begin among the entries, how many
-        pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
-        alone; then come the entries, the first key of a tile or DROPPED, `tuning.slack` or more DROPPED at the end.
+      table: int32 [B*H or B, blocks of Nq or 1, L] of lists. Each says where its tiles begin among the entries, how
+        many pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
+        alone. Then come the entries, the first key of a tile, plus DROPPED if it does not count; `tuning.slack` or more
+        of those at the end.
       bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all.
       rows: of a query block.
       tile: keys of a tile.
@@ -217,7 +219,8 @@ def attention(
       out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq].
     """
     (programs, queries, dim), keys = q.shape, k.shape[1]
-    shared = table.shape[0] != programs or table.shape[1] != queries // rows
+    blocks = block_count(queries, rows)
+    shared = table.shape[0] != programs or table.shape[1] != blocks
     lists = (lambda h, i: (lax.div(h, heads), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
     once: Callable[[], dict[str, Any]] = lambda: {"pipeline_mode": pl.Buffered(buffer_count=1)}
     width = max(tile, _LANES)
@@ -240,7 +243,7 @@ def attention(
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * _LOG2E),
-        grid=(programs, queries // rows),
+        grid=(programs, blocks),
         in_specs=specs,
         out_specs=[
             pl.BlockSpec((None, rows, dim), lambda h, i: (h, i, 0)),
@@ -248,7 +251,7 @@ def attention(
         ],
         out_shape=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((programs, queries // rows, 1, rows), jnp.float32),
+            jax.ShapeDtypeStruct((programs, blocks, 1, rows), jnp.float32),
         ],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
@@ -260,4 +263,4 @@ def attention(
         interpret=interpret,
         name=f"adaspa_attention_{'resident' if resident else 'gathered'}",
     )(*operands)
-    return out, lse.reshape(programs, queries)
+    return out, lse.reshape(programs, -1)[:, :queries]
