@@ -46,15 +46,24 @@ class _Call(NamedTuple):
             implementation=self.implementation,
         )
 
+    @property
+    def searched(self) -> "_Call":
+        """The part of the batch that searches: all of it, or its second half, the conditional branch."""
+        if not self.config.share_cfg_indices:
+            return self
+        half = self.q.shape[0] // 2
+        return self._replace(q=self.q[half:], k=self.k[half:], v=self.v[half:], block_valid=self.block_valid[half:])
+
     def sparse(self, state: SparseState) -> tuple[Array, Array]:
         """(out [B, H, L, D], LSE of the text rows): video rows over their blocks, text rows over everything."""
         video = self.layout.video_length
+        everyone = (lambda x: jnp.concatenate([x, x])) if self.config.share_cfg_indices else (lambda x: x)
         out = block_sparse_attention(
             self.q[:, :, :video],
             self.k,
             self.v,
-            state.indices,
-            state.counts,
+            everyone(state.indices),
+            everyone(state.counts),
             block_q=self.layout.block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
@@ -63,7 +72,7 @@ class _Call(NamedTuple):
         if not self.layout.text:
             return out, state.lse[:, :, :0]
         text, text_lse = self.dense(self.q[:, :, video:])
-        return jnp.concatenate([out, text], axis=2), text_lse
+        return jnp.concatenate([out, text], axis=2), text_lse[-state.lse.shape[0] :]
 
     def search(self, mass: Array, lse: Array, drift: Array, state: SparseState) -> SparseState:
         """The state after a search that measured `mass`."""
@@ -84,23 +93,24 @@ def _dense(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
 
 def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
-    return out, call.search(call.mass(lse)[0], lse, jnp.zeros_like(state.drift), state)
+    searched, lse = call.searched, lse[-state.lse.shape[0] :]
+    return out, searched.search(searched.mass(lse)[0], lse, jnp.zeros_like(state.drift), state)
 
 
 def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    video = call.layout.video_length
+    video, searched = call.layout.video_length, call.searched
     if call.config.lse_cache:
-        mass, row_sum = call.mass(state.lse)
+        mass, row_sum = searched.mass(state.lse)
         # A row without a valid key has LSE -inf and sum 0, and keeps both.
         change = jnp.where(row_sum > 0, jnp.log(jnp.where(row_sum > 0, row_sum, 1.0)), 0.0)
         lse = state.lse[:, :, :video] + change
     else:
-        lse = call.dense(call.q[:, :, :video])[1]
-        mass, _ = call.mass(lse)
+        lse = searched.dense(searched.q[:, :, :video])[1]
+        mass, _ = searched.mass(lse)
         change = jnp.where(jnp.isfinite(lse), lse - state.lse[:, :, :video], 0.0)
-    searched = call.search(mass, state.lse, call.mean_over_rows(jnp.abs(change)), state)
-    out, text_lse = call.sparse(searched)
-    return out, searched._replace(lse=jnp.concatenate([lse, text_lse], axis=2))
+    found = call.search(mass, state.lse, call.mean_over_rows(jnp.abs(change)), state)
+    out, text_lse = call.sparse(found)
+    return out, found._replace(lse=jnp.concatenate([lse, text_lse], axis=2))
 
 
 def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:

@@ -53,6 +53,8 @@ class SparseConfig:
     """Layers that stay dense in every step."""
     dense_last_steps: int = 0
     """Steps at the end that are dense again."""
+    share_cfg_indices: bool = False
+    """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.sparsity < 1:

@@ -76,8 +76,29 @@ def denoise(
     for name, table in tables.items():
         if len(table) != config.steps:
             raise ValueError(f"tables[{name!r}] has {len(table)} entries for steps={config.steps}")
+    kinds, begin = config.step_kinds(), scheduler.init(latents)
+    carry, state, history = scan_steps(predict, scheduler, tables, begin, state, kinds, progress=progress)
+    return scheduler.latents(carry), state, history
+
+
+def scan_steps(
+    predict: Predict,
+    scheduler: Scheduler,
+    tables: dict[str, Any],
+    carry: PyTree,
+    state: PyTree,
+    kinds: Any,
+    *,
+    first: int = 1,
+    progress: Callable[[Any], None] | None = None,
+) -> tuple[PyTree, PyTree, History]:
+    """Some of the denoising steps, from the scheduler's carry to its next: what `denoise` is made of.
+
+    For a model of several experts, one scan each: `tables` and `kinds`, int32 StepKinds, [T] each, are those of its
+    steps, `first` is the number of the first of them. The rest is as for `denoise`.
+    """
     rows = {name: jnp.asarray(table) for name, table in tables.items()}
-    numbers = jnp.arange(1, config.steps + 1, dtype=jnp.int32)
+    numbers = jnp.arange(first, first + len(kinds), dtype=jnp.int32)
 
     def body(carry: tuple[PyTree, PyTree], step: tuple) -> tuple[tuple[PyTree, PyTree], History]:
         solver, state = carry
@@ -91,7 +112,6 @@ def denoise(
         pick = lambda field: jax.tree.map(lambda s: getattr(s, field), state, is_leaf=_is_state)
         return (solver, state), History(pick("recall"), pick("drift"))
 
-    kinds = jnp.asarray(config.step_kinds())
     with jax.named_scope("denoise"):
-        (solver, state), history = lax.scan(body, (scheduler.init(latents), state), (numbers, kinds, rows))
-    return scheduler.latents(solver), state, history
+        (carry, state), history = lax.scan(body, (carry, state), (numbers, jnp.asarray(kinds), rows))
+    return carry, state, history

@@ -46,8 +46,13 @@ class SparseState(NamedTuple):
     ) -> "SparseState":
         """The empty state, of one layer, or stacked over `layers`. Shapes depend on the arguments alone.
 
-        `keep_mass` also stores the block mass: small for a demo, gigabytes for a long video.
+        `keep_mass` also stores the block mass: small for a demo, gigabytes for a long video. With
+        `share_cfg_indices` it holds half of `batch`; ValueError if that is odd.
         """
+        if config.share_cfg_indices:
+            if batch % 2:
+                raise ValueError(f"share_cfg_indices needs a batch of two equal halves; got {batch=}")
+            batch //= 2
         lead = (batch, heads) if layers is None else (layers, batch, heads)
         kmax = config.budget(layout).high if config.row_wise else layout.num_blocks
         return cls(
