@@ -39,23 +39,34 @@ class Report:
     """Name of each step kind -> its steps."""
 
 
-def summarize(state: Any, history: History, layout: TokenLayout, config: SparseConfig) -> Report:
-    """Collects a Report from what `denoise` returned; `state` is its pytree of layer-stacked SparseStates."""
+def summarize(
+    state: Any,
+    history: History,
+    layout: TokenLayout,
+    config: SparseConfig,
+    *,
+    kinds: np.ndarray | None = None,
+    first: int = 1,
+) -> Report:
+    """Collects a Report from what `denoise` returned; `state` is its pytree of layer-stacked SparseStates.
+
+    `kinds` and `first` of a run of `scan_steps`: its StepKinds, among them a search, and its first step.
+    """
     counts = _layers(jax.tree.map(lambda s: s.counts, state, is_leaf=lambda x: isinstance(x, SparseState)))
     sparse = np.setdiff1d(np.arange(len(counts)), config.dense_layers)
     density = counts.mean((1, 2, 3)) / layout.num_blocks
     density[list(config.dense_layers)] = 1.0
     recall, drift = _layers(history.recall, axis=1), _layers(history.drift, axis=1)
-    kinds = config.step_kinds()
+    kinds = config.step_kinds() if kinds is None else kinds
     searches = [i for i, kind in enumerate(kinds) if kind in (StepKind.FUSED_SEARCH, StepKind.CACHED_SEARCH)]
-    by_search = lambda x: {i + 1: x[i].mean(1).round(6).tolist() for i in searches}
+    by_search = lambda x: {first + i: x[i].mean(1).round(6).tolist() for i in searches}
     return Report(
         density=float(density[sparse].mean()),
         density_by_layer=density.tolist(),
         recall=float(recall[searches][:, sparse].mean()),
         recall_by_search=by_search(recall),
         drift_by_search=by_search(drift),
-        step_kinds={kind.name.lower(): (np.flatnonzero(kinds == kind) + 1).tolist() for kind in StepKind},
+        step_kinds={kind.name.lower(): (np.flatnonzero(kinds == kind) + first).tolist() for kind in StepKind},
     )
 
 
