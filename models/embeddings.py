@@ -1,5 +1,6 @@
 """Prompt embeddings in a safetensors file: what `python -m models.encode_prompt` writes and the samplers read."""
 
+import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +36,15 @@ def read_embeddings(path: Path) -> Embeddings:
         raise ValueError(f"--embeddings {path} is no safetensors file ({error})") from error
     wide = lambda x: np.asarray(x, np.int32 if np.issubdtype(x.dtype, np.integer) else np.float32)
     return {name: wide(x) for name, x in tensors.items()}
+
+
+def read_prompts(path: Path, count: int) -> list[str]:
+    """The prompts that a file was made from, or numbers where it does not say."""
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        prompts = json.loads((file.metadata() or {}).get("prompts", "[]"))
+    return prompts if len(prompts) == count else [f"prompt {i + 1}" for i in range(count)]
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Any], metadata: dict[str, str] | None = None) -> None:

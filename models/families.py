@@ -142,8 +142,17 @@ def family_of(model: VideoTransformer, index: dict[str, Any] | None = None) -> F
     raise ValueError(f"{type(model).__name__} has no sampling defaults")
 
 
-def pixel_family(model: VideoTransformer, size: dict[str, int], scheduler: AnyScheduler) -> Family:
-    """A model of pixels without a VAE, such as the embedded one; `size` from its model_index.json."""
-    fps = size["fps"]
-    video = VideoSize(size["frames"], size["height"], size["width"])
-    return Family("pixels", video, fps, 50, (1.0,), scheduler, 64, time_ratio=1, space_ratio=1)
+@dataclass(frozen=True)
+class PixelSize:
+    """What a model of pixels was trained on: frames, height and width, and the playing speed."""
+
+    frames: int
+    height: int
+    width: int
+    fps: int
+
+
+def pixel_family(size: PixelSize, scheduler: AnyScheduler) -> Family:
+    """A model of pixels without a VAE, such as the embedded one."""
+    video = VideoSize(size.frames, size.height, size.width)
+    return Family("pixels", video, size.fps, 50, (1.0,), scheduler, 64, time_ratio=1, space_ratio=1)

@@ -86,3 +86,10 @@ def write_sheet(path: Path, rows: dict[str, np.ndarray], prompts: list[str], col
         for c, frame in enumerate(picked):
             sheet.paste(_enlarge(clip[frame], 96), (c * (tile.width + gap), top + bar))
     sheet.save(path)
+
+
+def write_runs(folder: Path, videos: dict[str, np.ndarray], prompts: list[str], fps: int) -> None:
+    """video.mp4 and sheet.png with the runs of each prompt above each other; float [B, 3, F, H, W] in [-1, 1] each."""
+    rows = {name: to_pixels(video) for name, video in videos.items()}
+    write_mp4(folder / "video.mp4", grid_frames(rows, prompts), fps)
+    write_sheet(folder / "sheet.png", rows, prompts)

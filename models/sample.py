@@ -1,165 +1,122 @@
 """Samples videos from a checkpoint, dense, with AdaSpa, or both side by side.
 
     python -m models.sample --checkpoint CKPT --prompt "red circle moving left" --compare --out out/run
+    python -m models.sample --checkpoint CKPT --embeddings prompts.safetensors --preset balanced --out out/run
 
-Writes video.mp4, video.gif, sheet.png and report.json into OUT, and blocks.png for a sparse run.
+A checkpoint with a word encoder, such as the embedded one, takes prompts; all others take the embeddings that
+`python -m models.encode_prompt` writes. OUT gets video.mp4, sheet.png and report.json; of latents also
+latents.safetensors, for `python -m models.decode`; of a small sparse run blocks.png.
 """
 
-import dataclasses
 import json
 import logging
-import os
-import shutil
-import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from adaspa_jax import SparseConfig, draw_blocks
 from models.cli import run_cli
-from models.media import grid_frames, psnr, ssim, to_pixels, write_gif, write_mp4, write_sheet
-
-if TYPE_CHECKING:
-    from models.pipeline import HunyuanVideoPipeline, Sample
+from models.files import staged
 
 console = Console(stderr=True)
+_DTYPES = ("float32", "bfloat16")
+MASS_LIMIT = 1 << 30
+"""Of the block mass kept for blocks.png, in bytes."""
 
 
-def _nearest_folder(path: Path) -> Path:
-    """The deepest existing ancestor of `path`, or itself."""
-    return path if path.exists() or path == path.parent else _nearest_folder(path.parent)
-
-
-@contextmanager
-def staged(out: Path) -> Iterator[Path]:
-    """A temporary folder beside `out`; its files are moved into `out` when the block ends well, else dropped.
-
-    Raises ValueError before any work if `out` cannot be written.
-    """
-    parent = _nearest_folder(out.absolute())
-    try:
-        if not parent.is_dir():
-            raise NotADirectoryError(f"{parent} is a file")
-        stage = Path(tempfile.mkdtemp(prefix=".adaspa-", dir=parent))
-    except OSError as error:
-        raise ValueError(f"--out {out} cannot be written ({error}); name a folder you may write to") from error
-    try:
-        yield stage
-        out.mkdir(parents=True, exist_ok=True)
-        for file in sorted(stage.iterdir()):
-            os.replace(file, out / file.name)
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-
-
-def _sample(
-    pipeline: "HunyuanVideoPipeline", prompts: list[str], config: SparseConfig, name: str, **options: Any
-) -> "Sample":
+def timed(name: str, steps: int, sample: Any, **options: Any) -> Any:
     """One run with a progress bar over its steps."""
     columns = (TextColumn(name.ljust(7)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=config.steps)
+        task = bar.add_task(name, total=steps)
         # Callbacks may come out of order; the bar only ever moves forward.
         done = lambda step: bar.update(task, completed=max(step, bar.tasks[0].completed))
-        sample = pipeline.sample(prompts, config, progress=done, **options)
-    console.print(f"{name}: {sample.seconds:.1f} s, and {sample.compile_seconds:.1f} s to compile", highlight=False)
-    return sample
+        run = sample(progress=done, **options)
+    console.print(f"{name}: {run.seconds:.1f} s, and {run.compile_seconds:.1f} s to compile", highlight=False)
+    return run
 
 
-def _report(prompts: list[str], seed: int, config: SparseConfig, runs: dict[str, "Sample"]) -> dict[str, Any]:
-    """The content of report.json."""
-    fields: dict[str, Any] = {"prompts": prompts, "seed": seed, "steps": config.steps}
-    for name, run in runs.items():
-        key = name.lower()
-        fields |= {f"{key}_seconds": run.seconds, f"{key}_compile_seconds": run.compile_seconds}
-        fields["implementation"] = run.implementation
-    sparse = runs.get("AdaSpa")
-    if sparse is not None and sparse.report is not None:
-        fields |= {
-            "search_steps": list(config.search),
-            "sparsity": config.sparsity,
-            "density": sparse.report.density,
-            "recall": sparse.report.recall,
-            "tokens": {"video": sparse.layout.video_tokens, "text": sparse.layout.text, "block": sparse.layout.block},
-            "details": dataclasses.asdict(sparse.report),
-        }
-        if "dense" in runs:
-            fields |= {
-                "speedup": runs["dense"].seconds / sparse.seconds,
-                "psnr_db": psnr(sparse.video, runs["dense"].video),
-                "ssim": ssim(sparse.video, runs["dense"].video),
-            }
-    return fields
-
-
-def _write(folder: Path, prompts: list[str], fps: int, runs: dict[str, "Sample"], report: dict[str, Any]) -> None:
-    """All files of a run."""
-    rows = {name: to_pixels(run.video) for name, run in runs.items()}
-    frames = grid_frames(rows, prompts)
-    write_mp4(folder / "video.mp4", frames, fps)
-    write_gif(folder / "video.gif", frames, fps)
-    write_sheet(folder / "sheet.png", rows, prompts)
-    if "AdaSpa" in runs:
-        draw_blocks(runs["AdaSpa"].state, runs["AdaSpa"].layout).savefig(folder / "blocks.png", dpi=110)
-    (folder / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-
-
-def _summary(report: dict[str, Any]) -> str:
-    """The lines a person reads at the end."""
-    if "speedup" in report:
-        return (
-            f"speed-up {report['speedup']:.2f}x, PSNR {report['psnr_db']:.1f} dB, SSIM {report['ssim']:.3f}; "
-            f"sparse steps compute {report['density']:.1%} of the block pairs, with {report['recall']:.0%} of the mass"
-        )
-    if "density" in report:
-        return f"sparse steps compute {report['density']:.1%} of the block pairs"
-    return "dense run, nothing skipped"
+def _overrides(**options: Any) -> dict[str, Any]:
+    """The options of SparseConfig that were given."""
+    return {name: value for name, value in options.items() if value not in (None, ())}
 
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="converted folder, or a diffusers pipeline folder")],
-    prompt: Annotated[list[str], typer.Option(help="what to show; repeat for a batch")],
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to show, with a word encoder; repeatable")] = None,
+    embeddings: Annotated[Path | None, typer.Option(help="file of models.encode_prompt")] = None,
+    frames: Annotated[int | None, typer.Option(help="frames of the video; default: the model's")] = None,
+    height: Annotated[int | None, typer.Option(help="pixels")] = None,
+    width: Annotated[int | None, typer.Option(help="pixels")] = None,
+    preset: Annotated[str, typer.Option(help="quality, balanced or fast")] = "balanced",
+    steps: Annotated[int | None, typer.Option(help="denoising steps; default: the model's")] = None,
     seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
-    sparsity: Annotated[float, typer.Option(help="share of block pairs to skip, in [0, 1)")] = 0.8,
-    block_size: Annotated[int, typer.Option(help="tokens of a block, a power of two")] = 64,
+    sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
+    block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
     search_step: Annotated[
         list[int] | None, typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps")
     ] = None,
-    token_order: Annotated[str, typer.Option(help="cube or raster")] = "cube",
+    token_order: Annotated[str | None, typer.Option(help="cube or raster")] = None,
+    dense_layer: Annotated[list[int] | None, typer.Option(help="a layer that stays dense, from 0; repeatable")] = None,
+    dense_last_steps: Annotated[int | None, typer.Option(help="steps at the end that are dense")] = None,
+    share_cfg_indices: Annotated[
+        bool, typer.Option("--share-cfg-indices", help="one search for both branches of guidance")
+    ] = False,
+    guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the model's")] = None,
+    guidance_low_noise: Annotated[float | None, typer.Option(help="of Wan 2.2's second expert")] = None,
+    true_cfg: Annotated[float, typer.Option(help="classifier-free guidance besides an embedded scale")] = 1.0,
+    dynamic_guidance: Annotated[bool, typer.Option("--dynamic-guidance", help="CogVideoX's")] = False,
+    shift: Annotated[
+        float | None, typer.Option(help="time shift of a flow scheduler; default: the checkpoint's")
+    ] = None,
+    vae: Annotated[Path | None, typer.Option(help="folder of the VAE; default: that of CHECKPOINT, if any")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="dense attention only")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run dense and AdaSpa from the same noise")] = False,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Samples one video for each --prompt."""
+    """Samples one video for each prompt."""
     if dense and compare:
         raise ValueError("--dense and --compare exclude each other; --compare runs dense too")
-    config = SparseConfig(
+    if dtype is not None and dtype not in _DTYPES:
+        raise ValueError(f"--dtype {dtype} must be one of {', '.join(_DTYPES)}")
+    from adaspa_jax import SparseConfig
+    from models.sample_runs import LatentRuns, WordRuns, takes_words
+
+    changes = _overrides(
         sparsity=sparsity,
         block_size=block_size,
         steps=steps,
-        search_steps=tuple(search_step) if search_step else None,
-        token_order=token_order,  # type: ignore[arg-type]
+        search_steps=tuple(search_step or ()),
+        token_order=token_order,
+        dense_layers=tuple(dense_layer or ()),
+        dense_last_steps=dense_last_steps,
+        share_cfg_indices=share_cfg_indices or None,
     )
+    SparseConfig.preset(preset, **changes)  # refuses bad values before anything is loaded
+    words = takes_words(checkpoint)
     with staged(out) as stage:
-        from models.pipeline import HunyuanVideoPipeline
+        runs: WordRuns | LatentRuns
+        if words:
+            runs = WordRuns.load(checkpoint, prompt, preset, changes, dtype)
+        else:
+            from models.video_pipeline import Guidance
 
-        pipeline = HunyuanVideoPipeline.load(checkpoint)
-        pipeline.encoder.encode(prompt)
-        runs = {}
+            scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
+            runs = LatentRuns.load(checkpoint, embeddings, preset, changes, dtype, shift, scales, vae)
+            runs = runs.sized(frames, height, width)
+        found = {}
         if dense or compare:
-            runs["dense"] = _sample(pipeline, prompt, config, "dense", seed=seed, dense=True)
+            found["dense"] = timed("dense", runs.config.steps, runs.sample, seed=seed, dense=True)
         if not dense:
-            runs["AdaSpa"] = _sample(pipeline, prompt, config, "AdaSpa", seed=seed, keep_mass=True)
-        report = _report(prompt, seed, config, runs)
-        _write(stage, prompt, pipeline.size.fps, runs, report)
-    console.print(f"{_summary(report)}\nwrote {out}", highlight=False)
+            keep = runs.mass_bytes() <= MASS_LIMIT
+            found["AdaSpa"] = timed("AdaSpa", runs.config.steps, runs.sample, seed=seed, keep_mass=keep)
+        report = runs.write(stage, found, seed)
+        (stage / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
+    console.print(f"{runs.summary(report)}\nwrote {out}", highlight=False)
 
 
 if __name__ == "__main__":

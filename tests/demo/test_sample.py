@@ -14,6 +14,7 @@ from PIL import Image
 
 from adaspa_jax import SparseConfig, draw_blocks
 from convert.writer import convert
+from models import media
 from models import sample as command
 from models.cli import run_cli
 from models.media import psnr, ssim, to_pixels
@@ -141,7 +142,7 @@ def test_a_failed_run_leaves_an_older_result_alone(
     def fail(*_: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(command, "write_sheet", fail)
+    monkeypatch.setattr(media, "write_sheet", fail)
     assert run(monkeypatch, *flat(arguments)) == 2
     assert [f.name for f in out.iterdir()] == ["report.json"]
     assert (out / "report.json").read_text() == "old"
