@@ -4,11 +4,16 @@ Source: the model cards, and the defaults of diffusers' pipelines.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from jax import Array
 
 from adaspa_jax import SparseConfig
 from models.cogvideox import CogVideoXTransformer
 from models.hunyuan_video import HunyuanVideoTransformer
+from models.loading import abstract_model, parse_config
+from models.safetensors_folder import read_json
 from models.schedulers import AnyScheduler, CogVideoXDDIM, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.transformer import Grid, VideoTransformer
 from models.wan import WanTransformer
@@ -48,6 +53,8 @@ class Family:
     fixed_first_frame: bool = False
     """An image to animate is the first latent frame, in every step."""
 
+    starts_from_image: bool = False
+
     def config(self, preset: str | None = None, **changes: Any) -> SparseConfig:
         """The SparseConfig of a preset ("quality", "balanced", "fast") for this model, with `changes` on top."""
         return SparseConfig.preset(
@@ -72,6 +79,13 @@ class Family:
         padded = latent + -latent % model.config.patch[0]
         return padded, size.height // self.space_ratio, size.width // self.space_ratio
 
+    def start(self, noise: Array, condition: Array | None) -> Array:
+        """What sampling starts from, shaped like `noise` [B, C, F, H, W]: HunyuanVideo mixes the image in."""
+        if not self.starts_from_image or condition is None:
+            return noise
+        image = condition[-len(noise) :, : noise.shape[1], :1]
+        return 0.999 * noise + 0.001 * image
+
     def padding_frames(self, size: VideoSize, model: VideoTransformer) -> int:
         """The first latent frames that are dropped before decoding (CogVideoX1.5 pads to even)."""
         return -(1 + (size.frames - 1) // self.time_ratio) % model.config.patch[0]
@@ -89,6 +103,7 @@ def _hunyuan(model: HunyuanVideoTransformer) -> Family:
         block_size=128,
         embedded_guidance=model.config.guidance_embeds,
         fixed_first_frame=image == "token_replace",
+        starts_from_image=image is not None,
     )
 
 
@@ -140,6 +155,13 @@ def family_of(model: VideoTransformer, index: dict[str, Any] | None = None) -> F
     if isinstance(model, WanTransformer):
         return _wan(model, index or {})
     raise ValueError(f"{type(model).__name__} has no sampling defaults")
+
+
+def default_size(checkpoint: Path) -> VideoSize:
+    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
+    folder = checkpoint / "transformer"
+    port, sizes = parse_config(folder, read_json(folder / "config.json"))
+    return family_of(abstract_model(port, sizes, "float32"), read_json(checkpoint / "model_index.json")).size
 
 
 @dataclass(frozen=True)

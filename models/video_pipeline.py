@@ -320,7 +320,7 @@ class VideoPipeline:
 
                 return predict
 
-            carry: Any = scheduler.init(noise)
+            carry: Any = scheduler.init(family.start(noise, given.get("condition")))
             ended = []
             for part, state in zip(plan.parts, states, strict=True):
                 rows = {name: x[part.first : part.first + len(part.kinds)] for name, x in plan.tables.items()}
