@@ -38,7 +38,7 @@ def main(
         from models.media import write_runs
         from models.sample_runs import decode_runs
 
-        videos = decode_runs(checkpoint, saved.runs, dtype)
+        videos = decode_runs(checkpoint, saved, dtype)
         write_runs(stage, videos, saved.prompts, fps or saved.fps)
     console.print(f"wrote {out}", highlight=False)
 

@@ -59,7 +59,7 @@ def load_encoders(checkpoint: Path, *, image: bool, dtype: str = "float32", devi
     except ImportError as error:
         raise ImportError(f"encoding needs PyTorch ({error}): pip install 'adaspa_jax[torch]'") from error
     left_out = {part: None for part in _OPTIONAL if part in index and (part.startswith("transformer") or not image)}
-    options: dict[str, Any] = {"torch_dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
+    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
     options |= {"local_files_only": True, "use_safetensors": True}
     pipe = getattr(diffusers, name).from_pretrained(checkpoint, **left_out, **options)
     pipe.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(checkpoint / "transformer/config.json")))
@@ -83,7 +83,7 @@ def encode_text(pipe: Any, prompts: list[str], negative: str | None, image: Any 
         options = {"do_classifier_free_guidance": guided, "max_sequence_length": tokens}
         embeds = pipe.encode_prompt(prompts, negatives if guided else None, **options)
         return {name: _array(x) for name, x in zip(_BRANCHES[: 1 + guided], embeds, strict=False)}
-    found = {}
+    found: Embeddings = {}
     texts: dict[str, tuple[Any, Any]] = {"": (prompts, image)}
     if negative is not None:
         texts[NEGATIVE] = (negatives, None if image is None else image.point(lambda _: 0))

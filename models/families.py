@@ -47,13 +47,16 @@ class Family:
     space_ratio: int = 8
     """Pixels of a latent, each way."""
     embedded_guidance: bool = False
-    """The model takes the scale as an input, and needs no second branch."""
+    """The scale is an input of the model, if it has one; a second branch runs only for `true_cfg`."""
     frame_tokens: bool = False
     """A timestep for each token: a given first frame has 0 (Wan 2.2 TI2V)."""
     fixed_first_frame: bool = False
     """An image to animate is the first latent frame, in every step."""
 
     starts_from_image: bool = False
+    """The noise has a thousandth of the image mixed in (HunyuanVideo)."""
+    skip_frames: int = 0
+    """Frames of the decoded video that are not shown: HunyuanVideo's first latent frame, where the image stood."""
 
     def config(self, preset: str | None = None, **changes: Any) -> SparseConfig:
         """The SparseConfig of a preset ("quality", "balanced", "fast") for this model, with `changes` on top."""
@@ -101,9 +104,10 @@ def _hunyuan(model: HunyuanVideoTransformer) -> Family:
         guidance=(6.0,),
         scheduler=FlowMatchEuler(7.0),
         block_size=128,
-        embedded_guidance=model.config.guidance_embeds,
+        embedded_guidance=True,
         fixed_first_frame=image == "token_replace",
         starts_from_image=image is not None,
+        skip_frames=4 if image == "latent_concat" else 0,
     )
 
 
@@ -123,7 +127,7 @@ def _cogvideox(model: CogVideoXTransformer) -> Family:
 
 def _wan(model: WanTransformer, index: dict[str, Any]) -> Family:
     config = model.config
-    if config.out_channels == 48:
+    if config.out_channels == 48 or index.get("expand_timesteps"):
         return Family(
             "Wan 2.2 TI2V",
             VideoSize(121, 704, 1280),
@@ -132,7 +136,7 @@ def _wan(model: WanTransformer, index: dict[str, Any]) -> Family:
             guidance=(5.0,),
             scheduler=UniPC(5.0),
             block_size=128,
-            space_ratio=16,
+            space_ratio=16 if config.out_channels == 48 else 8,
             frame_tokens=True,
             fixed_first_frame=True,
         )

@@ -18,11 +18,14 @@ class SavedLatents:
     prompts: list[str]
     """[B], one a video."""
     fps: int
+    skip_frames: int = 0
+    """Frames of the decoded video that are not shown."""
 
 
 def write_latents(path: Path, saved: SavedLatents) -> None:
     """Writes a file, whole or not at all."""
-    write_tensors(path, saved.runs, {"prompts": json.dumps(saved.prompts), "fps": str(saved.fps)})
+    metadata = {"prompts": json.dumps(saved.prompts), "fps": str(saved.fps), "skip_frames": str(saved.skip_frames)}
+    write_tensors(path, saved.runs, metadata)
 
 
 def read_latents(path: Path) -> SavedLatents:
@@ -35,9 +38,9 @@ def read_latents(path: Path) -> SavedLatents:
         with safe_open(path, "numpy") as file:
             runs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
             metadata = file.metadata() or {}
-        prompts, fps = json.loads(metadata["prompts"]), int(metadata["fps"])
+        prompts, fps, skip = (json.loads(metadata[name]) for name in ("prompts", "fps", "skip_frames"))
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"--latents {path} holds no latents of models.sample ({error})") from error
     if not runs or any(x.ndim != 5 or len(x) != len(prompts) for x in runs.values()):
         raise ValueError(f"--latents {path} must hold [{len(prompts)}, C, F, H, W] for each run")
-    return SavedLatents(runs, prompts, fps)
+    return SavedLatents(runs, prompts, fps, skip)

@@ -183,18 +183,19 @@ class LatentRuns:
 
     def write(self, folder: Path, runs: dict[str, LatentSample], seed: int) -> dict[str, Any]:
         """Writes latents, and videos if there is a VAE; returns the report."""
-        fps = self.pipeline.family.fps
+        family, fps = self.pipeline.family, self.pipeline.family.fps
         latents = {name: run.latents for name, run in runs.items()}
-        write_latents(folder / "latents.safetensors", SavedLatents(latents, self.prompts, fps))
+        saved = SavedLatents(latents, self.prompts, fps, family.skip_frames)
+        write_latents(folder / "latents.safetensors", saved)
         videos = {}
         if self.vae is not None:
-            videos = decode_runs(self.vae, latents)
+            videos = decode_runs(self.vae, saved)
             write_runs(folder, videos, self.prompts, fps)
         sparse = runs.get("AdaSpa")
         if sparse is not None and sparse.states[0]:
             _draw(folder, sparse, sparse.states[0])
         details = list(sparse.reports) if sparse is not None else []
-        size = dataclasses.asdict(self.size) | {"fps": fps, "model": self.pipeline.family.name}
+        size = dataclasses.asdict(self.size) | {"fps": fps, "model": family.name}
         return _report(self.prompts, seed, self.config, runs, details) | size | _distance(videos)
 
     def summary(self, report: dict[str, Any]) -> str:
@@ -206,14 +207,14 @@ class LatentRuns:
         )
 
 
-def decode_runs(vae: Path, latents: dict[str, np.ndarray], dtype: str = "float32") -> dict[str, np.ndarray]:
+def decode_runs(vae: Path, saved: SavedLatents, dtype: str = "float32") -> dict[str, np.ndarray]:
     """float32 videos [B, 3, F, H, W] in [-1, 1] of each run, with a progress bar."""
     from models.decoding import decode_latents
 
     videos = {}
     with Progress(console=Console(stderr=True)) as bar:
-        for name, values in latents.items():
+        for name, values in saved.runs.items():
             task = bar.add_task(f"decoding {name}", total=None)
             done = lambda count, total, task=task: bar.update(task, completed=count, total=total)
-            videos[name] = decode_latents(vae, values, dtype=dtype, progress=done)
+            videos[name] = decode_latents(vae, values, dtype=dtype, progress=done)[:, :, saved.skip_frames :]
     return videos
