@@ -83,10 +83,14 @@ def draw_blocks(state: Any, layout: TokenLayout, sample: int = 0, heads: int = 6
     if any(s.mass.size == 0 for s in stacks):
         raise ValueError("this state holds no block mass; create it with keep_mass=True")
     joined = SparseState(*(np.concatenate([np.asarray(x) for x in xs]) for xs in zip(*stacks, strict=True)))  # type: ignore[arg-type]
-    layers, _, per_layer = joined.counts.shape[:3]
-    chosen = np.linspace(0, layers * per_layer - 1, min(heads, layers * per_layer)).round().astype(int)
+    searched, per_layer = np.flatnonzero(joined.mass.any((1, 2, 3, 4))), joined.counts.shape[2]
+    if not len(searched):
+        raise ValueError("no layer of this state was searched")
+    count = len(searched) * per_layer
+    chosen = np.linspace(0, count - 1, min(heads, count)).round().astype(int)
     figure = Figure(figsize=(2.4 * len(chosen), 5.6), layout="constrained")
-    for column, (layer, head) in enumerate(zip(*divmod(chosen, per_layer), strict=True)):
+    for column, (place, head) in enumerate(zip(*divmod(chosen, per_layer), strict=True)):
+        layer = searched[place]
         mass, counts = joined.mass[layer, sample, head], joined.counts[layer, sample, head]
         kept = np.zeros(mass.shape, bool)
         for row, (index, count) in enumerate(zip(joined.indices[layer, sample, head], counts, strict=True)):

@@ -24,8 +24,13 @@ class SavedLatents:
 
 def write_latents(path: Path, saved: SavedLatents) -> None:
     """Writes a file, whole or not at all."""
-    metadata = {"prompts": json.dumps(saved.prompts), "fps": str(saved.fps), "skip_frames": str(saved.skip_frames)}
-    write_tensors(path, saved.runs, metadata)
+    fields = {
+        "runs": list(saved.runs),  # the file sorts them
+        "prompts": saved.prompts,
+        "fps": saved.fps,
+        "skip_frames": saved.skip_frames,
+    }
+    write_tensors(path, saved.runs, {name: json.dumps(value) for name, value in fields.items()})
 
 
 def read_latents(path: Path) -> SavedLatents:
@@ -36,9 +41,10 @@ def read_latents(path: Path) -> SavedLatents:
         raise ValueError(f"--latents {path} does not exist; give the latents.safetensors of models.sample")
     try:
         with safe_open(path, "numpy") as file:
-            runs = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
             metadata = file.metadata() or {}
-        prompts, fps, skip = (json.loads(metadata[name]) for name in ("prompts", "fps", "skip_frames"))
+            names = ("runs", "prompts", "fps", "skip_frames")
+            order, prompts, fps, skip = (json.loads(metadata[name]) for name in names)
+            runs = {name: file.get_tensor(name) for name in order}
     except (SafetensorError, KeyError, ValueError) as error:
         raise ValueError(f"--latents {path} holds no latents of models.sample ({error})") from error
     if not runs or any(x.ndim != 5 or len(x) != len(prompts) for x in runs.values()):

@@ -62,7 +62,8 @@ def _distance(videos: dict[str, np.ndarray]) -> dict[str, float]:
 
 
 def _draw(folder: Path, run: Any, states: Any) -> None:
-    if all(x.size for state in states for x in [state.mass]):
+    """blocks.png, if the run kept the mass of a search."""
+    if all(state.mass.size and state.mass.any() for state in states):
         draw_blocks(states, run.layout).savefig(folder / "blocks.png", dpi=110)
 
 
