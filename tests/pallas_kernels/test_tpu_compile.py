@@ -46,8 +46,8 @@ def test_every_case_compiles_for_every_chip(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert 0 < row["vmem_bytes"] <= VMEM[row["chip"]], row
         assert row["smem_bytes"] < 1 << 20, row
-        # Padded copies of the operands and a value a block pair: nothing of N x N tokens.
-        assert row["hbm_temp_bytes"] < 5e9, row
+        # Copies of the operands and values of a block pair: one head's N x N scores in bfloat16 would be 28 GB or more.
+        assert row["hbm_temp_bytes"] < 8e9, row
 
 
 def test_the_cases_are_those_that_users_run(rows: list[dict[str, Any]]) -> None:
