@@ -151,7 +151,7 @@ def _right(case: Case, selected: bool) -> Any:
     return jax.jit(right)
 
 
-def assert_attention(case: Case, x: Operands, got: tuple[Array, Array], selected: bool, epsilon: float = 2e-6) -> None:
+def assert_attention(case: Case, x: Operands, got: tuple[Array, Array], selected: bool, epsilon: float = 4e-6) -> None:
     """Error of out at most twice that of plain same-dtype attention, plus epsilon; LSE to 1e-5, and exactly -inf."""
     with jax.default_device(jax.devices("cpu")[0]):
         expected, lse, yardstick = map(np.asarray, _right(case, selected)(jax.device_get(x)))

@@ -36,7 +36,7 @@ def test_flash_attention(case: Case, dtype: str, first: bool, monkeypatch) -> No
     x = operands(case)
     x = dataclasses.replace(x, block_valid=None if case.keys % case.block_k else x.block_valid)
     got = flash_attention(x.q, x.k, x.v, block_valid=x.block_valid, return_lse=True, **HOW)
-    assert_attention(case, x, got, selected=False, epsilon=4e-6)
+    assert_attention(case, x, got, selected=False)
 
 
 @each
@@ -47,7 +47,7 @@ def test_block_sparse_attention(case: Case, dtype: str, first: bool, monkeypatch
     poisoned = np.where(past, np.iinfo(x.indices.dtype).max, np.asarray(x.indices))
     blocks = {"block_q": case.block_q, "block_k": case.block_k, "block_valid": x.block_valid}
     got = block_sparse_attention(x.q, x.k, x.v, jnp.asarray(poisoned), x.counts, return_lse=True, **blocks, **HOW)
-    assert_attention(case, x, got, selected=True, epsilon=4e-6)
+    assert_attention(case, x, got, selected=True)
 
 
 @each
