@@ -16,7 +16,7 @@ DTYPES = {"float32": np.dtype(np.float32), "bfloat16": np.dtype(ml_dtypes.bfloat
 
 
 def main(
-    src: Annotated[Path, typer.Argument(help="diffusers transformer folder, or a pipeline folder holding one")],
+    src: Annotated[Path, typer.Argument(help="folder of a transformer or pipeline, or a file of weights")],
     dst: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's own")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion")] = False,

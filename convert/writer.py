@@ -1,4 +1,4 @@
-"""Streams a diffusers checkpoint into a converted folder: an orbax checkpoint with config.json and small side files.
+"""Streams a PyTorch checkpoint into a converted folder: an orbax checkpoint with config.json and small side files.
 
 The folder is written under a temporary name and renamed when complete: killed at any moment, it is absent or whole.
 """
@@ -27,9 +27,9 @@ Progress = Callable[[int, int], None]
 
 
 def _check_destination(source: Source, dst: Path, overwrite: bool) -> None:
-    folder = source.folder.resolve()
+    folder = source.path.resolve()
     if dst.resolve() == folder or folder in dst.resolve().parents or dst.resolve() in folder.parents:
-        raise CheckpointError(f"DST {dst} and SRC {source.folder} contain each other; choose another DST")
+        raise CheckpointError(f"DST {dst} and SRC {source.path} contain each other; choose another DST")
     if not dst.parent.is_dir():
         raise CheckpointError(f"the parent folder of DST {dst} does not exist; make it first")
     if not os.access(dst.parent, os.W_OK | os.X_OK):
@@ -108,7 +108,7 @@ def _write_weights(source: Source, folder: Path, dtype: np.dtype, progress: Prog
 
 def _copy_side_files(source: Source, stage: Path) -> None:
     """Scheduler, pipeline index and, for the demo, the text encoder: what sampling needs besides the transformer."""
-    root = source.folder.parent
+    root = source.path.parent
     if not (root / "model_index.json").is_file():
         return
     names = list(SIDE_FILES)
@@ -126,10 +126,10 @@ def _copy_side_files(source: Source, stage: Path) -> None:
 def convert(
     src: Path, dst: Path, *, dtype: np.dtype | None = None, overwrite: bool = False, progress: Progress | None = None
 ) -> Path:
-    """Converts the diffusers checkpoint `src` to the folder `dst`.
+    """Converts the checkpoint `src` to the folder `dst`.
 
     Args:
-      src: a transformer folder, or a pipeline folder with transformer/.
+      src: a diffusers folder, a transformer's or a pipeline's, or original weights, as in `from_pretrained`.
       dst: must not exist, unless `overwrite` and it is a converted checkpoint or an empty folder.
       dtype: of the written weights, but of those that the architecture holds in float32; None keeps the checkpoint's.
       overwrite: replace an earlier conversion.
@@ -147,7 +147,7 @@ def convert(
     with _staged(dst) as stage:
         _write_weights(source, (stage / WEIGHTS).absolute(), dtype, progress or (lambda written, total: None))
         _copy_side_files(source, stage)
-        mark = {"format": FORMAT_VERSION, "dtype": dtype.name, "source": "diffusers"}
+        mark = {"format": FORMAT_VERSION, "dtype": dtype.name, "source": source.format}
         config = {k: v for k, v in source.config.items() if k != "_name_or_path"}
         (stage / "config.json").write_text(json.dumps(config | {MARK: mark}, indent=2) + "\n")
     return dst

@@ -4,13 +4,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from models.loading import Placement, Progress
     from models.transformer import VideoTransformer
 
 __all__ = ["from_pretrained"]
 
 
-def from_pretrained(path: str | Path, dtype: Any = None) -> "VideoTransformer":
+def from_pretrained(
+    path: str | Path,
+    dtype: Any = None,
+    sharding: "Placement | None" = None,
+    progress: "Progress | None" = None,
+) -> "VideoTransformer":
     """Loads a transformer; see `models.loading.from_pretrained`. Imported late: the demo's training needs no flax."""
     from models import loading
 
-    return loading.from_pretrained(path, dtype)
+    return loading.from_pretrained(path, dtype, sharding, progress)

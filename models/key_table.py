@@ -8,10 +8,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from models.safetensors_folder import CheckpointError, Tensor, is_finite
+from models.key_moves import TensorView
+from models.safetensors_folder import CheckpointError, is_finite
 
 Kind = Literal["linear", "conv", "norm", "array", "unused"]
 Path = tuple[str, ...]
+_ALIGNMENT = 64  # bytes
+_STRIP = 256
 
 
 @dataclass(frozen=True)
@@ -37,23 +40,54 @@ class Leaf:
     keys: tuple[str, ...]
     kind: Kind
 
-    def _part(self, tensor: Tensor, key: str) -> np.ndarray:
-        value = tensor.read()
-        if not is_finite(value):
-            raise CheckpointError(f"{tensor.file}: tensor {key!r} has NaN or infinite values; the weights are broken")
-        return to_nnx(value, self.kind, self.path[-1])
+    def read(
+        self,
+        tensors: Mapping[str, TensorView],
+        dtype: np.dtype | None = None,
+        index: tuple[slice, ...] | None = None,
+    ) -> np.ndarray:
+        """The parameter's value or a slice of it, in `dtype` or the checkpoint's; reads no more than that.
 
-    def read(self, tensors: Mapping[str, Tensor], dtype: np.dtype | None = None) -> np.ndarray:
-        """The parameter's value, in `dtype` or the checkpoint's; raises CheckpointError for non-finite weights."""
-        out = np.empty(self.shape, dtype or tensors[self.keys[0]].dtype)
-        for i, key in enumerate(self.keys):
-            out[i if self.stacked else ...] = self._part(tensors[key], key)
+        Raises CheckpointError for non-finite weights.
+        """
+        index = index or (slice(None),) * len(self.shape)
+        layers = range(self.shape[0])[index[0]] if self.stacked else (0,)
+        one = index[1:] if self.stacked else index
+        shape = tuple(len(range(n)[part]) for n, part in zip(self.shape, index, strict=True))
+        out = _aligned(shape, np.dtype(dtype or tensors[self.keys[0]].dtype))
+        for i, layer in enumerate(layers):
+            key = self.keys[layer]
+            value = to_nnx(tensors[key].read(), self.kind, self.path[-1])[one]
+            if not is_finite(value):
+                raise CheckpointError(
+                    f"{tensors[key].file}: tensor {key!r} has NaN or infinite values; the weights are broken"
+                )
+            _copy(out[i] if self.stacked else out, value)
         return out
 
     @property
     def size(self) -> int:
         """Number of values."""
         return math.prod(self.shape)
+
+
+def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """An empty array that starts where JAX takes it over on the CPU without a copy."""
+    size = math.prod(shape) * dtype.itemsize
+    memory = np.empty(size + _ALIGNMENT, np.uint8)
+    begin = -memory.ctypes.data % _ALIGNMENT
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _copy(out: np.ndarray, value: np.ndarray) -> None:
+    """Copies, with a cast if need be; a transposed matrix in strips that stay in the cache, twice as fast."""
+    if out.dtype == value.dtype and out.dtype.itemsize == 2:  # as numpy's own type: bfloat16 copies element by element
+        out, value = out.view(np.uint16), value.view(np.uint16)
+    if value.ndim != 2 or value.strides[0] > value.strides[1]:
+        out[...] = value
+        return
+    for i in range(0, value.shape[1], _STRIP):
+        out[:, i : i + _STRIP] = value[:, i : i + _STRIP]
 
 
 def to_nnx(value: np.ndarray, kind: Kind, name: str) -> np.ndarray:

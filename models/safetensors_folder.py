@@ -1,11 +1,13 @@
-"""Reads a folder of safetensors shards by memory map, trusting nothing in it.
+"""Reads safetensors files, alone or in shards, by memory map, trusting nothing in them.
 
 Works for bfloat16, which numpy's own reader lacks, and never leaves the checkpoint's folder.
 """
 
 import json
 import math
+import re
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,11 +91,13 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
     """Checks one header entry against the file."""
     try:
         name, shape, (begin, end) = entry["dtype"], tuple(entry["shape"]), entry["data_offsets"]
-        well_formed = all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
+        well_formed = isinstance(name, str) and all(isinstance(n, int) and n >= 0 for n in (*shape, begin, end))
     except (TypeError, KeyError, ValueError):
         well_formed = False
     if not well_formed:
         raise CheckpointError(f"{path}: tensor {key!r} has a corrupt header entry; download it again")
+    if name.startswith("F8_"):
+        raise CheckpointError(f"{path} is quantised to fp8 (tensor {key!r} is {name}); give the unquantised weights")
     if name not in DTYPES:
         supported = ", ".join(DTYPES)
         raise CheckpointError(f"{path}: tensor {key!r} is {name}; supported are {supported}: use an unquantised file")
@@ -106,33 +110,52 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
     return Tensor(path, start + begin, dtype, shape)
 
 
-def _read_shard(path: Path) -> dict[str, Tensor]:
+def refuse_keys(path: Path, keys: Iterable[str]) -> None:
+    """CheckpointError for what is no model by itself, or a quantised one."""
+    for key in keys:
+        if re.search(r"(^|[._])lora_(A|B|up|down)\b", key) or key.endswith(".alpha"):
+            raise CheckpointError(
+                f"{path} is a LoRA (it has {key!r}), no transformer; merge it into its base model and give that"
+            )
+        if re.search(r"(^|\.)(scaled_fp8$|(scale_weight|weight_scale)(\.|$))", key):
+            raise CheckpointError(f"{path} is quantised to fp8 (it has {key!r}); give the unquantised weights")
+
+
+def read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. Raises CheckpointError."""
     if not path.is_file():
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, download it again")
     header, start = _read_header(path)
+    refuse_keys(path, header)
     return {key: _read_entry(path, key, entry, start) for key, entry in header.items()}
 
 
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder with one safetensors file, or with shards and their index. Raises CheckpointError."""
-    if not (folder / INDEX).exists():
-        if (folder / SINGLE).exists():
-            return _read_shard(inside(folder, SINGLE))
-        raise CheckpointError(
-            f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a diffusers transformer or VAE"
-        )
-    weight_map = read_json(inside(folder, INDEX)).get("weight_map")
+def read_index(index: Path) -> dict[str, Tensor]:
+    """All tensors of the shards that an index lists, in its folder. Raises CheckpointError."""
+    folder = index.parent
+    weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{folder / INDEX} has no valid weight_map; download it again")
+        raise CheckpointError(f"{index} has no valid weight_map; download it again")
     tensors: dict[str, Tensor] = {}
     for shard in sorted(set(weight_map.values())):
-        found = _read_shard(inside(folder, shard))
+        found = read_file(inside(folder, shard))
         listed = {key for key, name in weight_map.items() if name == shard}
         if set(found) != listed:
             odd = sorted(set(found) ^ listed)
             raise CheckpointError(f"{folder / shard} and its index disagree on {len(odd)} keys, such as {odd[0]!r}")
         tensors |= found
     return tensors
+
+
+def read_folder(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder with one safetensors file, or with shards and their index. Raises CheckpointError."""
+    if (folder / INDEX).exists():
+        return read_index(inside(folder, INDEX))
+    if (folder / SINGLE).exists():
+        return read_file(inside(folder, SINGLE))
+    raise CheckpointError(
+        f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a diffusers transformer or VAE"
+    )
 
 
 def is_finite(x: np.ndarray) -> bool:

@@ -1,5 +1,6 @@
-"""Key table of Wan checkpoints in diffusers' format."""
+"""Key tables of Wan checkpoints: diffusers' format, and Wan's own in front of it."""
 
+from models.key_moves import Format, rename
 from models.key_table import Rule
 
 STACKS = {"blocks"}
@@ -27,4 +28,41 @@ DIFFUSERS = (
     Rule(_BLOCK + r"scale_shift_table", "blocks.scale_shift_table", "array"),
     Rule(r"scale_shift_table", "scale_shift_table", "array"),
     Rule(r"proj_out", "proj_out", "linear"),
+)
+
+_CLASS = "WanTransformer3DModel"
+_IMAGE_IN, _IMAGE_OUT = r"img_emb\.", "condition_embedder.image_embedder."
+_BLOCK_IN, _BLOCK_OUT = r"blocks\.(\d+)\.", "blocks.{0}."
+
+ORIGINAL = (
+    rename(r"patch_embedding", "patch_embedding"),
+    rename(r"text_embedding\.0", "condition_embedder.text_embedder.linear_1"),
+    rename(r"text_embedding\.2", "condition_embedder.text_embedder.linear_2"),
+    rename(r"time_embedding\.0", "condition_embedder.time_embedder.linear_1"),
+    rename(r"time_embedding\.2", "condition_embedder.time_embedder.linear_2"),
+    rename(r"time_projection\.1", "condition_embedder.time_proj"),
+    rename(_IMAGE_IN + r"proj\.0", _IMAGE_OUT + "norm1"),
+    rename(_IMAGE_IN + r"proj\.1", _IMAGE_OUT + "ff.net.0.proj"),
+    rename(_IMAGE_IN + r"proj\.3", _IMAGE_OUT + "ff.net.2"),
+    rename(_IMAGE_IN + r"proj\.4", _IMAGE_OUT + "norm2"),
+    rename(_IMAGE_IN + r"emb_pos", _IMAGE_OUT + "pos_embed"),
+    rename(_BLOCK_IN + r"self_attn\.([qkv])", _BLOCK_OUT + "attn1.to_{1}"),
+    rename(_BLOCK_IN + r"self_attn\.o", _BLOCK_OUT + "attn1.to_out.0"),
+    rename(_BLOCK_IN + r"self_attn\.norm_([qk])", _BLOCK_OUT + "attn1.norm_{1}"),
+    rename(_BLOCK_IN + r"cross_attn\.([qkv])", _BLOCK_OUT + "attn2.to_{1}"),
+    rename(_BLOCK_IN + r"cross_attn\.o", _BLOCK_OUT + "attn2.to_out.0"),
+    rename(_BLOCK_IN + r"cross_attn\.([kv])_img", _BLOCK_OUT + "attn2.add_{1}_proj"),
+    rename(_BLOCK_IN + r"cross_attn\.norm_([qk])", _BLOCK_OUT + "attn2.norm_{1}"),
+    rename(_BLOCK_IN + r"cross_attn\.norm_k_img", _BLOCK_OUT + "attn2.norm_added_k"),
+    rename(_BLOCK_IN + r"norm3", _BLOCK_OUT + "norm2"),  # before cross-attention; the other two have no weights
+    rename(_BLOCK_IN + r"ffn\.0", _BLOCK_OUT + "ffn.net.0.proj"),
+    rename(_BLOCK_IN + r"ffn\.2", _BLOCK_OUT + "ffn.net.2"),
+    rename(_BLOCK_IN + r"modulation", _BLOCK_OUT + "scale_shift_table"),
+    rename(r"head\.modulation", "scale_shift_table"),
+    rename(r"head\.head", "proj_out"),
+)
+
+FORMATS = (
+    Format("diffusers", _CLASS, ("blocks.0.attn1.to_q.weight", "condition_embedder.time_proj.weight")),
+    Format("Wan", _CLASS, ("blocks.0.self_attn.q.weight", "time_projection.1.weight"), ORIGINAL),
 )
