@@ -1,0 +1,138 @@
+"""How fast does a checkpoint load, and in how much memory: straight onto the device, or converted first?
+
+    python -m benchmarks.loading [--layers N] [--json FILE]
+
+A synthetic Wan 2.1 1.3B in bfloat16 (30 layers: 2.8 GB), in a temporary folder, loaded on the CPU backend. Every row is
+a process of its own; its peak resident memory counts the pages of the file that are mapped at the moment. The pages are
+in the system's cache, so that MB/s is the work of reading, transposing and checking, not of the disk.
+"""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import ml_dtypes
+import numpy as np
+import typer
+
+from benchmarks.table import show, write_json
+from models.cli import run_cli
+from models.registry import PORTS
+from models.safetensors_folder import SINGLE
+
+ROOT = Path(__file__).parent.parent
+CLASS = "WanTransformer3DModel"
+OPTIONS = {"num_attention_heads": 12, "ffn_dim": 8960}
+
+# One process of the benchmark: JSON on its last line.
+WORK = """
+import json, sys, time
+from pathlib import Path
+import jax
+from flax import nnx
+import models
+from convert.writer import convert
+
+task, source, target = sys.argv[1:]
+
+def memory(name):
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+
+jax.block_until_ready(jax.numpy.zeros(1))
+idle, begun = memory("VmRSS"), time.perf_counter()
+if task == "convert":
+    convert(Path(source), Path(target))
+else:
+    model = models.from_pretrained(source)
+    jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
+seconds = time.perf_counter() - begun
+print(json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "idle": idle}))
+"""
+
+
+def torch_shapes(layers: int) -> dict[str, tuple[int, ...]]:
+    """Shapes of the checkpoint under diffusers' keys."""
+    import torch
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        model = WanTransformer3DModel(**OPTIONS, num_layers=layers)
+    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
+
+
+def write_checkpoint(folder: Path, layers: int) -> int:
+    """Writes random weights tensor by tensor; returns their bytes."""
+    shapes, header, size = torch_shapes(layers), {}, 0
+    for key, shape in shapes.items():
+        end = size + 2 * math.prod(shape)
+        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, end]}
+        size = end
+    encoded = json.dumps(header).encode()
+    rng = np.random.default_rng(0)
+    noise = rng.standard_normal(max(map(math.prod, shapes.values())), np.float32).astype(ml_dtypes.bfloat16)
+    folder.mkdir()
+    with (folder / SINGLE).open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for shape in shapes.values():
+            file.write(noise[: math.prod(shape)].tobytes())
+    config = PORTS[CLASS].config.from_dict(OPTIONS | {"num_layers": layers})
+    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS} | vars(config)))
+    return size
+
+
+def work(task: str, source: Path, target: Path) -> dict[str, float]:
+    """Runs one task in a fresh process."""
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", WORK, task, str(source), str(target)]
+    ended = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+    if ended.returncode:
+        raise ValueError(f"{task} failed: {ended.stderr.strip()[-2000:]}")
+    return json.loads(ended.stdout.splitlines()[-1])
+
+
+def run(layers: int) -> list[dict[str, Any]]:
+    """One row for each way."""
+    rows = []
+    with tempfile.TemporaryDirectory(prefix="adaspa-loading-") as name:
+        source, converted = Path(name) / "source", Path(name) / "converted"
+        payload = write_checkpoint(source, layers)
+        tasks = {
+            "direct": ("load", source),
+            "convert": ("convert", source),
+            "load converted": ("load", converted),
+        }
+        for title, (task, path) in tasks.items():
+            result = work(task, path, converted)
+            rows.append(
+                {
+                    "way": title,
+                    "payload_GB": payload / 1e9,
+                    "seconds": result["seconds"],
+                    "MB_per_second": payload / 1e6 / result["seconds"],
+                    "peak_GB": result["peak"] / 1e9,
+                    "before_GB": result["idle"] / 1e9,
+                    "peak_over_payload_GB": (result["peak"] - payload) / 1e9,
+                }
+            )
+    return rows
+
+
+def main(
+    layers: Annotated[int, typer.Option(help="blocks of the model; 30 are the published ones")] = 30,
+    json_file: Annotated[Path | None, typer.Option("--json", help="write the rows to this file")] = None,
+) -> None:
+    """Times loading a Wan 2.1 1.3B checkpoint, directly and converted, and takes its peak memory."""
+    if layers < 1:
+        raise ValueError(f"--layers {layers} must be at least 1")
+    rows = run(layers)
+    show("Loading a checkpoint (Linux, CPU backend)", rows)
+    write_json(json_file, rows)
+
+
+if __name__ == "__main__":
+    run_cli(main)
