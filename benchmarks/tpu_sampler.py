@@ -7,6 +7,7 @@ all four kinds, as one jitted function with the TPU kernels inside, on one chip.
 them compile to the same code as all: what grows with them is the weights and the carried state, printed apart.
 """
 
+import os
 import time
 from typing import Annotated, Any
 
@@ -23,6 +24,9 @@ from benchmarks.tpu_schedule import CHIPS
 from models.cli import run_cli
 from models.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.schedulers import FlowMatchEuler
+
+# Read when the compiler is loaded: dumps of this many operations would take minutes.
+os.environ.pop("LIBTPU_INIT_ARGS", None)
 
 
 def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, steps: int = 50) -> dict[str, Any]:
