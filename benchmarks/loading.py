@@ -60,14 +60,16 @@ def torch_shapes(layers: int) -> dict[str, tuple[int, ...]]:
     import torch
     from diffusers import WanTransformer3DModel
 
+    create: Any = WanTransformer3DModel  # diffusers has no usable types
     with torch.device("meta"):
-        model = WanTransformer3DModel(**OPTIONS, num_layers=layers)
+        model = create(**OPTIONS, num_layers=layers)
     return {key: tuple(value.shape) for key, value in model.state_dict().items()}
 
 
 def write_checkpoint(folder: Path, layers: int) -> int:
     """Writes random weights tensor by tensor; returns their bytes."""
-    shapes, header, size = torch_shapes(layers), {}, 0
+    shapes, size = torch_shapes(layers), 0
+    header: dict[str, Any] = {}
     for key, shape in shapes.items():
         end = size + 2 * math.prod(shape)
         header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, end]}

@@ -141,12 +141,16 @@ def _torch_shape(expected: tuple[int, ...], kind: Kind, name: str, found: tuple[
 
 
 def plan(
-    tensors: Mapping[str, Any], rules: Iterable[Rule], expected: Mapping[Path, tuple[int, ...]], stacks: set[str]
+    tensors: Mapping[str, Any],
+    rules: Iterable[Rule],
+    expected: Mapping[Path, tuple[int, ...]],
+    stacks: set[str],
+    config: str = "config.json",
 ) -> list[Leaf]:
     """Assigns every tensor (anything with `.shape`) to a parameter of the shapes `expected`.
 
-    `stacks` names the modules with a leading layer axis. Raises CheckpointError with the missing, unexpected or
-    misshapen keys before anything is read.
+    `stacks` names the modules with a leading layer axis; `config`, for messages, is where `expected` is from. Raises
+    CheckpointError with the missing, unexpected or misshapen keys before anything is read.
     """
     mapped, unexpected = map_keys(tensors, rules)
     unexpected += [key for path in set(mapped) - set(expected) for key, _ in mapped[path].values()]
@@ -168,7 +172,7 @@ def plan(
     for title, names in (("missing", missing), ("unexpected", unexpected), ("misshapen", misshapen)):
         if names:
             raise CheckpointError(
-                f"the weights do not fit config.json: {len(names)} {title} keys: {_some(names)}; "
+                f"the weights do not fit {config}: {len(names)} {title} keys: {_some(names)}; "
                 "check that config.json and the weights belong together"
             )
     return leaves

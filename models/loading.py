@@ -162,7 +162,8 @@ def open_source(path: Path) -> Source:
     if known is not None and known.class_name != config["_class_name"]:
         raise CheckpointError(f"{file} says {config['_class_name']}, but the weights are of a {known.class_name}")
     shapes = parameter_shapes(abstract_model(port, sizes, jnp.float32))
-    leaves = plan(tensors, port.rules, shapes, port.stacks)
+    origin = "the config inferred from their shapes" if file == path else "config.json"
+    leaves = plan(tensors, port.rules, shapes, port.stacks, origin)
     return Source(path, known.name if known else "diffusers", config, port, sizes, tensors, leaves)
 
 
