@@ -103,7 +103,8 @@ def parse_config(path: Path, config: dict[str, Any]) -> tuple[Port, TransformerC
     file = path / "config.json" if path.is_dir() else path
     name = config.get("_class_name")
     if name not in PORTS:
-        raise CheckpointError(f"{file}: class {name!r} is not supported; supported: {', '.join(PORTS)}")
+        kind = ", a VAE," if str(name).startswith("Autoencoder") else ""
+        raise CheckpointError(f"{file}: class {name!r}{kind} is not supported; supported: {', '.join(PORTS)}")
     try:
         return PORTS[name], PORTS[name].config.from_dict(config)
     except (TypeError, ValueError, NotImplementedError) as error:

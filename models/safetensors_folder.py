@@ -113,7 +113,7 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
 def refuse_keys(path: Path, keys: Iterable[str]) -> None:
     """CheckpointError for what is no model by itself, or a quantised one."""
     for key in keys:
-        if re.search(r"(^|[._])lora_(A|B|up|down)\b", key) or key.endswith(".alpha"):
+        if re.search(r"(^|[._])(lora_(A|B|up|down)\b|hada_w|lokr_w)", key) or key.endswith(".alpha"):
             raise CheckpointError(
                 f"{path} is a LoRA (it has {key!r}), no transformer; merge it into its base model and give that"
             )

@@ -31,9 +31,8 @@ _INDEX_SUFFIX = ".safetensors.index.json"
 _TORCH_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.float16, "float32": np.float32}
 _WRAPPERS = ("module", "model", "state_dict")
 """Keys under which a training checkpoint holds the weights."""
-_VAE_KEY = re.compile(
-    r"(first_stage_model\.|vae\.|model\.)?((encoder|decoder)\..*|(post_)?quant_conv\..*|conv[12]\..*)"
-)
+_VAE_KEY = re.compile(r"(?:.*\.)?decoder\.(?:conv|mid|up|head).*")
+"""A decoder of images, which no text encoder has."""
 
 
 def weights_file(folder: Path) -> Path | None:
@@ -151,7 +150,7 @@ def to_diffusers(tensors: Mapping[str, TensorView]) -> tuple[Format | None, dict
 def unknown_format(path: Path, keys: Mapping[str, TensorView]) -> CheckpointError:
     """The error for weights of no known format."""
     supported = ", ".join(dict.fromkeys(f"{known.class_name} ({known.name})" for known in FORMATS))
-    if keys and all(_VAE_KEY.fullmatch(key) for key in keys):
+    if any(_VAE_KEY.fullmatch(key) for key in keys):
         return CheckpointError(f"{path} is a VAE, no transformer; give the transformer of one of: {supported}")
     shown = ", ".join(map(repr, sorted(keys)[:3])) or "none"
     return CheckpointError(

@@ -4,6 +4,7 @@ import copy
 import json
 import re
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -211,6 +212,20 @@ PUBLISHED: dict[str, tuple[type, dict[str, Any], Callable[[Weights], Weights], i
         825,
         825,
     ),
+    "HunyuanVideo-I2V 13B, latents": (
+        HunyuanVideoTransformer3DModel,
+        {"in_channels": 33, "image_condition_type": "latent_concat", "guidance_embeds": False},
+        to_hunyuan,
+        852,
+        1260,
+    ),
+    "Wan2.2-TI2V-5B": (
+        WanTransformer3DModel,
+        {"ffn_dim": 14336, "in_channels": 48, "out_channels": 48, "num_attention_heads": 24, "num_layers": 30},
+        to_wan,
+        825,
+        825,
+    ),
     "Wan2.1-T2V-14B": (WanTransformer3DModel, {}, to_wan, 1095, 1095),
     "Wan2.1-I2V-14B": (WanTransformer3DModel, WAN_I2V, to_wan, 1303, 1303),
     "CogVideoX1.5-5B": (CogVideoXTransformer3DModel, BIG_15, to_cogvideox, 774, 1024),
@@ -256,6 +271,7 @@ FP8 = torch.zeros(2, 2, dtype=torch.float8_e4m3fn)
 BAD: dict[str, tuple[str, Any, str]] = {
     "LoRA of diffusers": ("x.safetensors", {"blocks.0.attn1.to_q.lora_A.weight": ONE}, "is a LoRA .* base model"),
     "LoRA of kohya": ("x.safetensors", {"lora_unet_blocks_0_q.lora_down.weight": ONE, "a.alpha": ONE}, "is a LoRA"),
+    "LoKr": ("x.safetensors", {"diffusion_model.blocks.0.q.lokr_w1": ONE}, "is a LoRA"),
     "LoRA in .pt": ("x.pt", {"module": {"blocks.0.q.lora_up.weight": ONE}}, "is a LoRA"),
     "fp8": ("x.safetensors", {"double_blocks.0.img_attn_qkv.weight": FP8}, "quantised to fp8 .* F8_E4M3"),
     "fp8 in .pt": ("x.pt", {"module": {"a": FP8}}, "quantised to fp8 .* float8_e4m3fn"),
@@ -265,6 +281,8 @@ BAD: dict[str, tuple[str, Any, str]] = {
     "GGUF by another name": ("x.safetensors", b"GGUF" + bytes(60), "is a GGUF file, quantised"),
     "VAE": ("x.safetensors", {"encoder.conv1.weight": ONE, "decoder.conv1.weight": ONE, "conv1.bias": ONE}, "is a VAE"),
     "VAE in .pt": ("x.pth", {"encoder.conv1.weight": ONE, "decoder.head.0.gamma": ONE}, "is a VAE"),
+    "VAE with its losses": ("x.pt", {"state_dict": {"decoder.up.0.block.0.x": ONE, "loss.x": ONE}}, "is a VAE"),
+    "text encoder": ("x.safetensors", {"encoder.block.0.x": ONE, "decoder.block.0.x": ONE}, "no transformer that is"),
     "unknown": ("x.safetensors", {"some.weight": ONE}, r"'some.weight', .*supported: .*\(Tencent\).*\(SAT\).*\(Wan\)"),
     "no tensors": ("x.pt", {"epoch": 3}, "no transformer"),
     "a list": ("x.pt", [ONE], "holds a list"),
@@ -302,6 +320,16 @@ def test_what_is_no_transformer_is_named(name: str, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_files_of_pytorch_need_it_and_its_present_format(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.save({"x": ONE}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"of PyTorch before 1\.6"):
+        models.from_pretrained(tmp_path / "old.pt")
+    torch.save({"x": ONE}, tmp_path / "x.pt")
+    monkeypatch.setitem(sys.modules, "torch", None)
+    with pytest.raises(CheckpointError, match="install the extra `torch`"):
+        models.from_pretrained(tmp_path / "x.pt")
+
+
 def test_folders_that_do_not_say_what_to_load(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no checkpoint"):
         models.from_pretrained(tmp_path)
@@ -311,7 +339,7 @@ def test_folders_that_do_not_say_what_to_load(tmp_path: Path) -> None:
         models.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKLWan"}))
     with pytest.raises(
-        CheckpointError, match=r"'AutoencoderKLWan' is not supported; supported: .*WanTransformer3DModel"
+        CheckpointError, match=r"'AutoencoderKLWan', a VAE, is not supported; supported: .*WanTransformer3DModel"
     ):
         models.from_pretrained(tmp_path)
 
