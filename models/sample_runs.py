@@ -14,7 +14,7 @@ from adaspa_jax import SparseConfig, draw_blocks
 from models.embeddings import Embeddings, read_embeddings, read_prompts
 from models.families import VideoSize
 from models.latents import SavedLatents, write_latents
-from models.loading import transformer_folder
+from models.loading import expert_folders, locate, open_source
 from models.media import grid_frames, psnr, ssim, to_pixels, write_gif, write_runs
 from models.pipeline import HunyuanVideoPipeline, Sample
 from models.safetensors_folder import CheckpointError, read_json
@@ -147,7 +147,9 @@ class LatentRuns:
         vae: Path | None,
     ) -> "LatentRuns":
         """Reads embeddings, then weights. ValueError for what cannot be used."""
-        transformer_folder(checkpoint)
+        for part in map(locate, expert_folders(checkpoint)):
+            if not part.is_dir():
+                open_source(part)
         if embeddings is None:
             raise ValueError(
                 "this checkpoint has no word encoder: give --embeddings FILE, made with python -m models.encode_prompt"
@@ -157,7 +159,10 @@ class LatentRuns:
             vae = checkpoint / "vae"
         if vae is not None and not vae.is_dir():
             raise CheckpointError(f"--vae {vae} is no folder; give a diffusers vae or pipeline folder")
-        pipeline = VideoPipeline.load(checkpoint, dtype).with_shift(shift)
+        with Progress(console=Console(stderr=True), transient=True) as bar:
+            task = bar.add_task("loading", total=None)
+            done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
+            pipeline = VideoPipeline.load(checkpoint, dtype, done).with_shift(shift)
         config = pipeline.family.config(preset, **changes)
         prompts = read_prompts(embeddings, len(found.get("prompt_embeds", ())))
         return cls(pipeline, found, prompts, config, guidance, pipeline.family.size, vae)

@@ -21,7 +21,8 @@ from models.embeddings import NEGATIVE, Embeddings, check_embeddings
 from models.families import Family, VideoSize, family_of
 from models.guidance import cfg, constant_scale, dynamic_scale
 from models.hunyuan_video import HunyuanVideoTransformer
-from models.safetensors_folder import CheckpointError, read_json
+from models.loading import expert_folders
+from models.safetensors_folder import read_json
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.transformer import VideoTransformer
 from models.wan import WanTransformer
@@ -155,22 +156,20 @@ class VideoPipeline:
     """Timestep below which the second expert takes over."""
 
     @classmethod
-    def load(cls, path: str | Path, dtype: Any = None) -> "VideoPipeline":
+    def load(
+        cls, path: str | Path, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+    ) -> "VideoPipeline":
         """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
 
-        Raises ValueError for what cannot be read.
+        `progress` gets the parameters of an expert loaded so far and in all. Raises ValueError for what cannot be read.
         """
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+        experts = tuple(models.from_pretrained(folder, dtype, progress=progress) for folder in expert_folders(path))
         ratio = index.get("boundary_ratio")
-        folders = [path]
-        if ratio is not None:
-            folders = [path / "transformer", path / "transformer_2"]
-            for folder in folders:
-                if not folder.is_dir():
-                    raise CheckpointError(f"{path} has two experts, but {folder.name}/ is missing; download it again")
-        experts = tuple(models.from_pretrained(folder, dtype=dtype) for folder in folders)
-        family = family_of(experts[0], index)
+        if ratio is None and len(experts) == 2:  # in Wan's own format nothing says it
+            ratio = 0.9 if experts[0].config.in_channels > experts[0].config.out_channels else 0.875
+        family = family_of(experts[0], index | {"boundary_ratio": ratio})
         scheduler = family.scheduler
         if (path / "scheduler/scheduler_config.json").is_file():
             scheduler = schedulers.from_config(read_json(path / "scheduler/scheduler_config.json"))
