@@ -51,8 +51,8 @@ def _captured(mass: Array, heaviest: Array, counts: Array, layout: TokenLayout) 
 def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Selection:
     """Chooses key blocks from mass, float32 [B, H, nq, nk] of the video rows (AdaSpa, selection).
 
-    Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first, but for the
-    blocks in use that are partial, which go before the others in use: a kernel can then do with one masked stretch.
+    Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first. On a TPU the
+    partial blocks among those in use go before the others, so that its kernel masks one stretch of a list.
     """
     budget = config.budget(layout)
     ranked = _prefer_sinks(mass, layout)
@@ -66,10 +66,11 @@ def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Sel
     if config.head_adaptive:
         tiers = head_tiers(recall, budget, config.recall_threshold)
         counts = jnp.broadcast_to(tiers[..., None], base.shape) if config.row_wise else _spend_globally(ranked, tiers)
-    # The last block of the text may be partial, if only at run time.
-    partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
     if layout.video_valid.min() < layout.block:
-        indices = partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
+        # The last block of the text may be partial, if only at run time.
+        partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
+        ordered = lambda indices: partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
+        indices = lax.platform_dependent(indices, tpu=ordered, default=lambda indices: indices)
     return Selection(indices.astype(index_dtype(layout)), counts, recall)
 
 
