@@ -16,12 +16,12 @@ from rich.progress import track
 from adaspa_jax import SparseConfig
 from benchmarks.quality import CHECKPOINT, PROMPTS
 from benchmarks.table import show, write_json
-from models.cli import run_cli
-from models.embeddings import NEGATIVE
-from models.families import pixel_family
-from models.media import psnr, ssim
-from models.pipeline import HunyuanVideoPipeline
-from models.video_pipeline import Guidance, VideoPipeline
+from models.commands.cli import run_cli
+from models.pipeline.embeddings import NEGATIVE
+from models.pipeline.families import pixel_family
+from models.commands.media import psnr, ssim
+from models.pipeline.words import HunyuanVideoPipeline
+from models.pipeline.video import Guidance, VideoPipeline
 from pallas_kernels import Implementation
 
 SPARSITIES = (0.5, 0.8, 0.9)

@@ -20,7 +20,7 @@ import torch
 import typer
 
 from benchmarks.table import show, write_json
-from models.cli import run_cli
+from models.commands.cli import run_cli
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention
 
 HEADS, HEAD_DIM, BLOCK, DENSITY = 4, 64, 64, 0.2

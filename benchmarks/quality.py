@@ -18,9 +18,9 @@ from rich.progress import track
 from adaspa_jax import SparseConfig
 from adaspa_jax.layout import TokenOrder
 from benchmarks.table import show, write_json
-from models.cli import run_cli
-from models.media import psnr, ssim
-from models.pipeline import HunyuanVideoPipeline, Sample
+from models.commands.cli import run_cli
+from models.commands.media import psnr, ssim
+from models.pipeline.words import HunyuanVideoPipeline, Sample
 from pallas_kernels import Implementation
 
 CHECKPOINT = Path(__file__).parent.parent / "models" / "demo" / "checkpoint"

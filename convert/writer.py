@@ -15,9 +15,9 @@ from typing import Any
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from models.key_table import Leaf
-from models.loading import FORMAT_VERSION, MARK, WEIGHTS, Source, nested, open_source
-from models.safetensors_folder import CheckpointError, inside, read_json
+from models.checkpoint.key_table import Leaf
+from models.checkpoint.loading import FORMAT_VERSION, MARK, WEIGHTS, Source, nested, open_source
+from models.checkpoint.safetensors_folder import CheckpointError, inside, read_json
 
 SMALL = 32 * 1024 * 1024
 """Parameters below this many bytes are written together: a call of orbax costs about as much as they do."""

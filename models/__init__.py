@@ -4,8 +4,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from models.loading import Placement, Progress
-    from models.transformer import VideoTransformer
+    from models.checkpoint.loading import Placement, Progress
+    from models.transformers.base import VideoTransformer
 
 __all__ = ["from_pretrained"]
 
@@ -17,6 +17,6 @@ def from_pretrained(
     progress: "Progress | None" = None,
 ) -> "VideoTransformer":
     """Loads a transformer; see `models.loading.from_pretrained`. Imported late: the demo's training needs no flax."""
-    from models import loading
+    from models.checkpoint import loading
 
     return loading.from_pretrained(path, dtype, sharding, progress)

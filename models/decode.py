@@ -12,8 +12,8 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from models.cli import run_cli
-from models.files import staged
+from models.commands.cli import run_cli
+from models.commands.files import staged
 
 console = Console(stderr=True)
 
@@ -31,12 +31,12 @@ def main(
         raise ValueError(f"--dtype {dtype} must be float32, bfloat16 or float16")
     if fps is not None and fps < 1:
         raise ValueError(f"--fps {fps} must be at least 1")
-    from models.latents import read_latents
+    from models.pipeline.latents import read_latents
 
     saved = read_latents(latents)
     with staged(out) as stage:
-        from models.media import write_runs
-        from models.sample_runs import decode_runs
+        from models.commands.media import write_runs
+        from models.commands.runs import decode_runs
 
         videos = decode_runs(checkpoint, saved, dtype)
         write_runs(stage, videos, saved.prompts, fps or saved.fps)

@@ -17,8 +17,8 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models.cli import run_cli
-from models.files import staged
+from models.commands.cli import run_cli
+from models.commands.files import staged
 
 console = Console(stderr=True)
 _DTYPES = ("float32", "bfloat16")
@@ -84,7 +84,7 @@ def main(
     if dtype is not None and dtype not in _DTYPES:
         raise ValueError(f"--dtype {dtype} must be one of {', '.join(_DTYPES)}")
     from adaspa_jax import SparseConfig
-    from models.sample_runs import LatentRuns, WordRuns, takes_words
+    from models.commands.runs import LatentRuns, WordRuns, takes_words
 
     changes = _overrides(
         sparsity=sparsity,
@@ -103,7 +103,7 @@ def main(
         if words:
             runs = WordRuns.load(checkpoint, prompt, preset, changes, dtype)
         else:
-            from models.video_pipeline import Guidance
+            from models.pipeline.video import Guidance
 
             scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
             runs = LatentRuns.load(checkpoint, embeddings, preset, changes, dtype, shift, scales, vae)

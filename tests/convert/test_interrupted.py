@@ -16,8 +16,8 @@ from safetensors.numpy import save_file
 
 import models
 from convert.writer import convert
-from models.loading import open_source
-from models.safetensors_folder import SINGLE
+from models.checkpoint.loading import open_source
+from models.checkpoint.safetensors_folder import SINGLE
 
 DEMO = Path(models.__file__).parent / "demo" / "checkpoint"
 
@@ -26,7 +26,7 @@ KILLED = """
 import os, signal, sys
 from unittest import mock
 from convert import __main__, writer
-from models.cli import run_cli
+from models.commands.cli import run_cli
 
 name, calls, when = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 owner = {"save": writer.ocp.partial, "finalize": writer.ocp.partial, "rename": writer.os, "copyfile": writer.shutil}

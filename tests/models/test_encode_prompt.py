@@ -17,12 +17,14 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from models import encode_prompt
-from models.embeddings import read_embeddings, read_prompts
-from models.safetensors_folder import CheckpointError
-from models.video_pipeline import Guidance, VideoPipeline
-from tests.models import test_cogvideox, test_hunyuan_video, test_wan
-from tests.models.ports import reference
-from tests.models.test_pipelines import (
+from models.pipeline.embeddings import read_embeddings, read_prompts
+from models.checkpoint.safetensors_folder import CheckpointError
+from models.pipeline.video import Guidance, VideoPipeline
+from tests.models.transformers import test_cogvideox
+from tests.models.transformers import test_hunyuan_video
+from tests.models.transformers import test_wan
+from tests.models.transformers.ports import reference
+from tests.models.pipeline.test_video import (
     COGVIDEOX,
     CONFIG,
     SIZE,
@@ -33,7 +35,7 @@ from tests.models.test_pipelines import (
     tensors,
     unipc,
 )
-from tests.models.test_vae import TINY
+from tests.models.vae.test_vae import TINY
 from tests.relative_error import relative_error
 
 COG_VAE = {

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 
 from models import decode, sample
-from models.cli import run_cli
-from models.embeddings import write_tensors
-from models.latents import read_latents
-from tests.models import test_wan
-from tests.models.ports import reference
+from models.commands.cli import run_cli
+from models.pipeline.embeddings import write_tensors
+from models.pipeline.latents import read_latents
+from tests.models.transformers import test_wan
+from tests.models.transformers.ports import reference
 from tests.models.test_encode_prompt import vae
-from tests.models.test_pipelines import embeddings_of, save, unipc
+from tests.models.pipeline.test_video import embeddings_of, save, unipc
 
 
 @pytest.fixture(scope="module")

@@ -5,8 +5,9 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import lookup, partial_first, tpu
-from pallas_kernels.tpu_attention import DROPPED, HEADER
+from pallas_kernels import lookup, partial_first
+from pallas_kernels.mosaic_tpu import kernels as tpu
+from pallas_kernels.mosaic_tpu.attention import DROPPED, HEADER
 from pallas_kernels.tuning import TpuAttentionTuning
 
 seeds = st.integers(0, 2**32 - 1)

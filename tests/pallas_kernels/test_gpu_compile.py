@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.gpu_compile import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
+from benchmarks.gpu.compiled import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
 
 ROOT = Path(__file__).parents[2]
 
@@ -68,7 +68,7 @@ def test_every_kernel_uses_the_matrix_units_it_should(rows: list[dict[str, Any]]
 # Whole functions through XLA, ptxas spills being errors; the last one for eight GPUs.
 AHEAD_OF_TIME = """
 import functools, sys
-import benchmarks.gpu_compile as g
+import benchmarks.gpu.compiled as g
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention

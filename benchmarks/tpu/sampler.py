@@ -1,0 +1,88 @@
+"""Does the whole sampler compile for a TPU, and does it fit? Needs no TPU; nothing runs.
+
+    python -m benchmarks.tpu_sampler [--chip v6e] [--layers 1 2]
+
+HunyuanVideo at 13B sizes with abstract weights, 720p x 129 frames (118,800 video tokens and 256 of text), 50 steps of
+all four kinds, as one jitted function with the TPU kernels inside, on one chip. Layers of a kind are scanned, so few of
+them compile to the same code as all: what grows with them is the weights and the carried state, printed apart.
+"""
+
+import os
+import time
+from typing import Annotated, Any
+
+import jax
+import jax.numpy as jnp
+import typer
+from flax import nnx
+
+from adaspa_jax import SparseConfig, denoise
+from benchmarks.tpu import static as tpu_static
+from benchmarks.gpu.sampler import LATENTS, TEXT, operands
+from benchmarks.table import show
+from benchmarks.tpu.schedule import CHIPS
+from models.commands.cli import run_cli
+from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
+from models.schedulers import FlowMatchEuler
+
+# Read when the compiler is loaded: dumps of this many operations would take minutes.
+os.environ.pop("LIBTPU_INIT_ARGS", None)
+
+
+def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, steps: int = 50) -> dict[str, Any]:
+    """Memory of the compiled sampler [GiB] and seconds of its compilation."""
+    config = SparseConfig(block_size=block_size, steps=steps)
+    sizes = HunyuanVideoConfig(num_layers=layers[0], num_single_layers=layers[1])
+    create = lambda: HunyuanVideoTransformer(sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
+    graph, weights = nnx.split(nnx.eval_shape(create))
+    given = jax.eval_shape(lambda: operands(sizes))
+    noise = jax.ShapeDtypeStruct(given.pop("hidden_states").shape, jnp.float32)
+    state = jax.eval_shape(lambda: create().init_state(config, 1, LATENTS, TEXT))
+    scheduler = FlowMatchEuler()
+
+    def run(weights: Any, noise: jax.Array, given: dict[str, Any], state: Any) -> Any:
+        model = nnx.merge(graph, weights)
+
+        def predict(latents: jax.Array, row: dict[str, jax.Array], state: Any, kind: jax.Array) -> Any:
+            return model(
+                hidden_states=latents.astype(jnp.bfloat16),
+                timestep=row["timestep"][None],
+                config=config,
+                state=state,
+                step_kind=kind,
+                implementation="mosaic_tpu",
+                **given,
+            )
+
+        return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)[0]
+
+    begun = time.perf_counter()
+    lowered = tpu_static.lower(run, [weights, noise, given, state], tpu_static.chip_mesh(chip))
+    kernels = lowered.as_text().count("tpu_custom_call")
+    memory = tpu_static.memory(lowered.compile())
+    size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
+    return {
+        "chip": chip,
+        "layers": f"{layers[0]}+{layers[1]}",
+        "kernels": kernels,
+        "weights_gib": size(weights),
+        "state_gib": size(state),
+        "temporary_gib": memory.temp_size_in_bytes / 2**30,
+        "arguments_gib": memory.argument_size_in_bytes / 2**30,
+        "compile_seconds": time.perf_counter() - begun,
+    }
+
+
+def main(
+    chip: Annotated[list[str] | None, typer.Option(help="v5e, v5p or v6e; several times for several")] = None,
+    layers: Annotated[tuple[int, int], typer.Option(help="dual-stream and single-stream layers")] = (1, 2),
+) -> None:
+    """Compiles the sampler and prints its memory."""
+    chips = chip or ["v5p", "v6e"]
+    if unknown := [name for name in chips if name not in CHIPS]:
+        raise ValueError(f"--chip {unknown[0]} must be one of {', '.join(CHIPS)}")
+    show("the whole sampler, compiled for one TPU chip; NOTHING RAN", [compile_sampler(c, layers) for c in chips])
+
+
+if __name__ == "__main__":
+    run_cli(main)

@@ -1,0 +1,350 @@
+"""Prompt embeddings to latents, for every port: scheduler, guidance, experts and AdaSpa in one jitted program."""
+
+import dataclasses
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+import models
+from adaspa_jax import Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
+from models import schedulers
+from models.transformers.cogvideox import CogVideoXTransformer
+from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
+from models.pipeline.families import Family, VideoSize, family_of
+from models.pipeline.guidance import cfg, constant_scale, dynamic_scale
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
+from models.checkpoint.loading import expert_folders
+from models.checkpoint.safetensors_folder import read_json
+from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
+from models.transformers.base import VideoTransformer
+from models.transformers.wan import WanTransformer
+from pallas_kernels import Implementation, resolve_implementation
+
+Progress = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How prompt and negative prompt are weighed; None takes the model's own."""
+
+    scale: float | None = None
+    """Embedded in the model, or of classifier-free guidance; 1 runs without the negative prompt."""
+    low_noise: float | None = None
+    """Of the second expert of Wan 2.2."""
+    true_cfg: float = 1.0
+    """Classifier-free guidance on top of an embedded scale (HunyuanVideo)."""
+    dynamic: bool = False
+    """CogVideoX's dynamic scale."""
+
+
+@dataclass(frozen=True)
+class LatentSample:
+    """One finished run."""
+
+    latents: np.ndarray
+    """float32 [B, C, F, H, W], the frames that a model only pads with left out."""
+    states: tuple[Any, ...]
+    """The final sparse state of each expert, () for a dense run."""
+    layout: TokenLayout
+    config: SparseConfig
+    reports: tuple[Report, ...]
+    """Of each expert that searched."""
+    seconds: float
+    """The sampling scans, compile time apart."""
+    compile_seconds: float
+    implementation: Implementation
+    """The kernels that attention ran on."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """The steps of one expert."""
+
+    expert: int
+    first: int
+    """Number of its first step, from 0."""
+    kinds: np.ndarray
+    """int32 [steps]: StepKinds."""
+
+
+def split_steps(timesteps: np.ndarray, boundary: float | None, kinds: np.ndarray) -> list[Part]:
+    """The steps of each expert: from `boundary` up the first, below it the second.
+
+    An expert that begins among sparse steps searches in its first: it has seen no attention of its own.
+    """
+    high = len(kinds) if boundary is None else int((timesteps >= boundary).sum())
+    parts = []
+    for expert, (begin, end) in enumerate(((0, high), (high, len(kinds)))):
+        own = kinds[begin:end].copy()
+        sparse = np.flatnonzero(own != StepKind.DENSE)
+        if len(sparse):
+            own[sparse[0]] = StepKind.FUSED_SEARCH
+        if begin < end:
+            parts.append(Part(expert, begin, own))
+    return parts
+
+
+def _halves(embeddings: Embeddings, guided: bool) -> dict[str, np.ndarray]:
+    """What the model reads of [unconditional, conditional], or of the conditional branch alone."""
+    names = [name for name in embeddings if not name.startswith(NEGATIVE)]
+    if not guided:
+        return {name: embeddings[name] for name in names}
+    return {
+        name: np.concatenate([embeddings.get(NEGATIVE + name, embeddings[name]), embeddings[name]]) for name in names
+    }
+
+
+def _predict(
+    model: VideoTransformer,
+    family: Family,
+    latents: Array,
+    t: Array,
+    given: dict[str, Array],
+    scale: float,
+    **rest: Any,
+) -> Any:
+    """Calls a model on latents [B, C, F, H, W] at timestep t with the embeddings `given`; returns as it does."""
+    batch, dtype = latents.shape[0], model.dtype
+    condition, times = given.get("condition"), jnp.broadcast_to(t, (batch,))
+    if condition is not None and family.fixed_first_frame:
+        latents = jnp.concatenate([condition, latents[:, :, 1:]], axis=2)
+    elif condition is not None:
+        latents = jnp.concatenate([latents, condition], axis=1)
+    inputs: dict[str, Any] = {"encoder_hidden_states": given["prompt_embeds"].astype(dtype)}
+    if isinstance(model, HunyuanVideoTransformer):
+        inputs |= {
+            "encoder_attention_mask": given["prompt_attention_mask"],
+            "pooled_projections": given["pooled_prompt_embeds"].astype(dtype),
+        }
+        if model.config.guidance_embeds:
+            # Multiplied in the model's dtype, as diffusers does: 6016 for 6 in bfloat16.
+            inputs["guidance"] = jnp.full(batch, scale, dtype) * jnp.asarray(1000, dtype)
+    if isinstance(model, WanTransformer):
+        if "image_embeds" in given:
+            inputs["encoder_hidden_states_image"] = given["image_embeds"].astype(dtype)
+        if family.frame_tokens:
+            grid = model.layout((latents.shape[2], latents.shape[3], latents.shape[4]), 0).grid
+            first = np.arange(np.prod(grid)) < grid[1] * grid[2]
+            clean = condition is not None
+            times = jnp.where(first & clean, 0, times[:, None])
+    if isinstance(model, CogVideoXTransformer):
+        times = times.astype(jnp.int32)
+        if model.config.ofs_embed_dim is not None:
+            inputs["ofs"] = jnp.full(1, 2.0, dtype)
+    if not isinstance(model, CogVideoXTransformer):
+        return model(hidden_states=latents.astype(dtype), timestep=times, **inputs, **rest)
+    out = model(hidden_states=latents.swapaxes(1, 2).astype(dtype), timestep=times, **inputs, **rest)
+    return jax.tree.map(lambda x: x.swapaxes(1, 2), out) if rest["state"] is None else (out[0].swapaxes(1, 2), out[1])
+
+
+@dataclass(frozen=True)
+class VideoPipeline:
+    """The experts of a model, one or two, with what belongs to them; make it with `load`."""
+
+    experts: tuple[VideoTransformer, ...]
+    scheduler: AnyScheduler
+    family: Family
+    boundary: float | None = None
+    """Timestep below which the second expert takes over."""
+
+    @classmethod
+    def load(
+        cls, path: str | Path, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+    ) -> "VideoPipeline":
+        """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
+
+        `progress` gets the parameters of an expert loaded so far and in all. Raises ValueError for what cannot be read.
+        """
+        path = Path(path)
+        index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
+        experts = tuple(models.from_pretrained(folder, dtype, progress=progress) for folder in expert_folders(path))
+        ratio = index.get("boundary_ratio")
+        if ratio is None and len(experts) == 2:  # in Wan's own format nothing says it
+            ratio = 0.9 if experts[0].config.in_channels > experts[0].config.out_channels else 0.875
+        family = family_of(experts[0], index | {"boundary_ratio": ratio})
+        scheduler = family.scheduler
+        if (path / "scheduler/scheduler_config.json").is_file():
+            scheduler = schedulers.from_config(read_json(path / "scheduler/scheduler_config.json"))
+        if isinstance(scheduler, FlowMatchEuler) and isinstance(experts[0], WanTransformer):
+            scheduler = dataclasses.replace(scheduler, default_sigmas=True)
+        return cls(experts, scheduler, family, None if ratio is None else ratio * scheduler.train_timesteps)
+
+    def with_shift(self, shift: float | None) -> "VideoPipeline":
+        """With another time shift; ValueError if the scheduler has none. None changes nothing."""
+        if shift is None:
+            return self
+        if not isinstance(self.scheduler, FlowMatchEuler | UniPC):
+            raise ValueError(f"{shift=}: {type(self.scheduler).__name__} has no shift; leave it out")
+        return dataclasses.replace(self, scheduler=dataclasses.replace(self.scheduler, shift=shift))
+
+    def _scales(self, guidance: Guidance, tables: dict[str, np.ndarray]) -> tuple[float, bool, np.ndarray]:
+        """(embedded scale, whether there are two branches, scale of classifier-free guidance in each step)."""
+        family, steps = self.family, len(tables["timestep"])
+        scale = family.guidance[0] if guidance.scale is None else guidance.scale
+        if guidance.dynamic and not isinstance(self.experts[0], CogVideoXTransformer):
+            raise ValueError("dynamic guidance is CogVideoX's; leave it out")
+        if guidance.true_cfg != 1 and not family.embedded_guidance:
+            raise ValueError(f"true_cfg={guidance.true_cfg}: {family.name} embeds no guidance; give its scale instead")
+        if family.embedded_guidance:
+            return scale, guidance.true_cfg != 1, constant_scale(guidance.true_cfg, steps)
+        table = dynamic_scale(scale, tables["timestep"]) if guidance.dynamic else constant_scale(scale, steps)
+        if self.boundary is not None:
+            low = guidance.low_noise
+            if low is None:
+                low = family.guidance[-1] if guidance.scale is None else scale
+            table = np.where(tables["timestep"] >= self.boundary, table, np.float32(low))
+        return scale, bool((table != 1).any()), table
+
+    def sample(
+        self,
+        embeddings: Embeddings,
+        config: SparseConfig,
+        *,
+        size: VideoSize | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+        noise: Any = None,
+        dense: bool = False,
+        keep_mass: bool = False,
+        progress: Progress | None = None,
+        implementation: Implementation | None = None,
+    ) -> LatentSample:
+        """Samples one video a prompt, as one batch. The same seed gives the same noise, dense or sparse.
+
+        Args:
+          embeddings: of the prompts, see `models.embeddings`.
+          config: how AdaSpa runs; its `steps` are those of a dense run too.
+          size: in pixels; None: the family's.
+          guidance: scales.
+          seed: of the initial noise, and of what a scheduler adds.
+          noise: float32 [B, C, F, H, W], to start from instead.
+          dense: skip nothing.
+          keep_mass: keep the block mass for pictures.
+          progress: called with the number of each finished step.
+          implementation: which kernels run.
+
+        Raises:
+          ValueError: sizes that the model cannot make, embeddings that do not fit it.
+        """
+        model, family, size = self.experts[0], self.family, size or self.family.size
+        grid = family.latent_shape(size, model)
+        plan = self._plan(config, guidance or Guidance(), seed)
+        count = check_embeddings(embeddings, model, grid, guided=plan.guided, first_frame=family.fixed_first_frame)
+        shape = (count, model.config.out_channels, *grid)
+        noise = jax.random.normal(jax.random.key(seed), shape) if noise is None else jnp.asarray(noise, jnp.float32)
+        if noise.shape != shape:
+            raise ValueError(f"noise must be {list(shape)}; got {list(noise.shape)}")
+        given = {name: jnp.asarray(x) for name, x in _halves(embeddings, plan.guided).items()}
+        text = given["prompt_embeds"].shape[1]
+        create = lambda: model.init_state(config, count * (1 + plan.guided), grid, text, keep_mass=keep_mass)
+        states = tuple(() if dense else create() for _ in plan.parts)
+        run = self._program(plan, config, dense, progress, implementation)
+        operands = (tuple(nnx.state(expert) for expert in self.experts), noise, given, states)
+        begun = time.perf_counter()
+        compiled = jax.jit(run).lower(*operands).compile()
+        compile_seconds = time.perf_counter() - begun
+        begun = time.perf_counter()
+        latents, states, histories = jax.block_until_ready(compiled(*operands))
+        seconds = time.perf_counter() - begun
+        jax.effects_barrier()
+        layout = model.layout(grid, text, config)
+        reports = tuple(
+            summarize(state, history, layout, config, kinds=part.kinds, first=part.first + 1)
+            for part, state, history in zip(plan.parts, states, histories, strict=True)
+            if not dense and (part.kinds == StepKind.FUSED_SEARCH).any()
+        )
+        return LatentSample(
+            np.asarray(latents, np.float32)[:, :, family.padding_frames(size, model) :],
+            states,
+            layout,
+            config,
+            reports,
+            seconds,
+            compile_seconds,
+            resolve_implementation(
+                implementation,
+                dtype=model.dtype,
+                head_dim=model.config.attention_head_dim,
+                block_size=config.block_size,
+            ),
+        )
+
+    def _plan(self, config: SparseConfig, guidance: Guidance, seed: int) -> "_Plan":
+        """What a run is, but for its arrays. ValueError for guidance that the model does not have."""
+        scheduler = self.scheduler
+        if isinstance(scheduler, CogVideoXDPM):
+            scheduler = dataclasses.replace(scheduler, seed=seed)
+        tables = scheduler.tables(config.steps)
+        scale, guided, tables["guidance"] = self._scales(guidance, tables)
+        if config.share_cfg_indices and not guided:
+            raise ValueError("share_cfg_indices needs classifier-free guidance; this run has one branch")
+        parts = split_steps(tables["timestep"], self.boundary, config.step_kinds())
+        return _Plan(scheduler, tables, scale, guided, parts)
+
+    def _program(
+        self,
+        plan: "_Plan",
+        config: SparseConfig,
+        dense: bool,
+        progress: Progress | None,
+        implementation: Implementation | None,
+    ) -> Callable[..., Any]:
+        """The whole run as one function of arrays, for `jax.jit`; weights are arguments."""
+        graphs = tuple(nnx.graphdef(expert) for expert in self.experts)
+        report = None if progress is None else lambda step: progress(int(step))
+        family, guided, scheduler = self.family, plan.guided, plan.scheduler
+
+        def run(weights: Any, noise: Array, given: dict[str, Array], states: Any) -> Any:
+            def predictor(expert: int) -> Callable[..., Any]:
+                model = nnx.merge(graphs[expert], weights[expert])
+
+                def predict(latents: Array, row: dict[str, Array], state: Any, kind: Any) -> Any:
+                    branches = jnp.concatenate([latents, latents]) if guided else latents
+                    how = {"state": None, "step_kind": StepKind.DENSE} if dense else {"state": state, "step_kind": kind}
+                    how |= {"config": config, "implementation": implementation}
+                    out = _predict(model, family, branches, row["timestep"], given, plan.scale, **how)
+                    out, state = (out, state) if dense else out
+                    if guided:
+                        unconditional, conditional = jnp.split(out, 2)
+                        out = cfg(unconditional, conditional, row["guidance"])
+                    return out, state
+
+                return predict
+
+            carry: Any = scheduler.init(family.start(noise, given.get("condition")))
+            ended = []
+            for part, state in zip(plan.parts, states, strict=True):
+                rows = {name: x[part.first : part.first + len(part.kinds)] for name, x in plan.tables.items()}
+                predict, first = predictor(part.expert), part.first + 1
+                carry, *end = scan_steps(
+                    predict, scheduler, rows, carry, state, part.kinds, first=first, progress=report
+                )
+                ended.append(end)
+            latents = scheduler.latents(carry)
+            if family.fixed_first_frame and "condition" in given:
+                latents = jnp.concatenate([given["condition"][-len(noise) :], latents[:, :, 1:]], axis=2)
+            return latents, *zip(*ended, strict=True)
+
+        return run
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What a run is, but for its arrays."""
+
+    scheduler: Any
+    tables: dict[str, np.ndarray]
+    """The scheduler's, and `guidance`, the scale of classifier-free guidance."""
+    scale: float
+    """Embedded in the model."""
+    guided: bool
+    """Two branches, the unconditional first."""
+    parts: list[Part]

@@ -1,0 +1,113 @@
+"""Prompts to pixels with the embedded model, or one made like it: a word encoder, no VAE."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+import models
+from adaspa_jax import Report, SparseConfig, TokenLayout
+from models.demo.words import WordEncoder
+from models.pipeline.families import PixelSize, pixel_family
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
+from models.schedulers import FlowMatchEuler
+from models.pipeline.video import Progress, VideoPipeline
+from pallas_kernels import Implementation
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One finished run."""
+
+    video: np.ndarray
+    """float32 [B, 3, F, H, W] in [-1, 1]."""
+    state: Any
+    """The final sparse state, empty for a dense run."""
+    layout: TokenLayout
+    config: SparseConfig
+    report: Report | None
+    """None for a dense run."""
+    seconds: float
+    """The sampling scan, compile time apart."""
+    compile_seconds: float
+    implementation: Implementation
+    """The kernels that attention ran on."""
+
+
+@dataclass(frozen=True)
+class HunyuanVideoPipeline:
+    """A transformer with what belongs to it; make it with `load`."""
+
+    transformer: HunyuanVideoTransformer
+    scheduler: FlowMatchEuler
+    encoder: WordEncoder
+    size: PixelSize
+
+    @classmethod
+    def load(cls, path: str | Path, dtype: Any = jnp.float32) -> "HunyuanVideoPipeline":
+        """Reads a converted folder or a diffusers pipeline folder with scheduler and text encoder.
+
+        Raises ValueError for a checkpoint that cannot be read, and for one whose text encoder does not run here.
+        """
+        path = Path(path)
+        transformer = models.from_pretrained(path, dtype=dtype)
+        parts = {}
+        for name in ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
+            if not (path / name).is_file():
+                raise ValueError(
+                    f"{path} has no {name}; sample from a whole converted pipeline, not a lone transformer"
+                )
+            parts[name] = json.loads((path / name).read_text())
+        size = parts["model_index.json"].get("sample_size")
+        if not isinstance(transformer, HunyuanVideoTransformer) or size is None or transformer.config.in_channels != 3:
+            raise ValueError(
+                f"{path} samples latents of {transformer.config.in_channels} channels, which need a VAE and prompt "
+                "embeddings; this version decodes pixel-space checkpoints such as models/demo/checkpoint"
+            )
+        scheduler = FlowMatchEuler.from_config(parts["scheduler/scheduler_config.json"])
+        return cls(transformer, scheduler, WordEncoder.load(path / "text_encoder"), PixelSize(**size))
+
+    def sample(
+        self,
+        prompts: list[str],
+        config: SparseConfig,
+        *,
+        seed: int = 0,
+        dense: bool = False,
+        keep_mass: bool = False,
+        progress: Progress | None = None,
+        implementation: Implementation | None = None,
+    ) -> Sample:
+        """Samples one video a prompt, as one batch. The same seed gives the same noise, dense or sparse.
+
+        Raises ValueError for prompts the encoder does not know. `progress` is called with each finished step.
+        """
+        text = self.encoder.encode(prompts)
+        embeddings = {
+            "prompt_embeds": text.tokens,
+            "prompt_attention_mask": text.mask,
+            "pooled_prompt_embeds": text.pooled,
+        }
+        pipeline = VideoPipeline((self.transformer,), self.scheduler, pixel_family(self.size, self.scheduler))
+        run = pipeline.sample(
+            embeddings,
+            config,
+            seed=seed,
+            dense=dense,
+            keep_mass=keep_mass,
+            progress=progress,
+            implementation=implementation,
+        )
+        return Sample(
+            np.clip(run.latents, -1, 1),
+            run.states[0],
+            run.layout,
+            run.config,
+            run.reports[0] if run.reports else None,
+            run.seconds,
+            run.compile_seconds,
+            run.implementation,
+        )
