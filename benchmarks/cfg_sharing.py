@@ -17,11 +17,11 @@ from adaspa_jax import SparseConfig
 from benchmarks.quality import CHECKPOINT, PROMPTS
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
+from models.commands.media import psnr, ssim
 from models.pipeline.embeddings import NEGATIVE
 from models.pipeline.families import pixel_family
-from models.commands.media import psnr, ssim
-from models.pipeline.words import HunyuanVideoPipeline
 from models.pipeline.video import Guidance, VideoPipeline
+from models.pipeline.words import HunyuanVideoPipeline
 from pallas_kernels import Implementation
 
 SPARSITIES = (0.5, 0.8, 0.9)

@@ -21,9 +21,9 @@ import numpy as np
 import typer
 
 from benchmarks.table import show, write_json
-from models.commands.cli import run_cli
 from models.checkpoint.registry import PORTS
 from models.checkpoint.safetensors_folder import SINGLE
+from models.commands.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
 CLASS = "WanTransformer3DModel"

@@ -18,10 +18,10 @@ import numpy as np
 import typer
 from rich.console import Console
 
+from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.commands.cli import run_cli
 from models.pipeline.embeddings import NEGATIVE, Embeddings, write_tensors
 from models.pipeline.families import VideoSize, default_size
-from models.checkpoint.safetensors_folder import CheckpointError, read_json
 
 console = Console(stderr=True)
 PIPELINES = {

@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count
-from pallas_kernels.dispatch import Implementation, Request, choose
+from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.dispatch import Implementation, choose
 
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
@@ -86,12 +87,10 @@ def flash_attention(
             )
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
-    request = Request("flash_attention", q.dtype, q.shape[3], interpret=interpret)
-    _, module = choose(implementation, request)
+    call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret)
+    _, module = choose(implementation, call.request)
     with jax.named_scope("flash_attention"):
-        out, lse = module.flash_attention(
-            q, k, v, block_valid=block_valid, block_k=block_k, scale=_scale(q, scale), interpret=interpret
-        )
+        out, lse = module.flash_attention(call)
     return (out, lse) if return_lse else out
 
 
@@ -141,20 +140,10 @@ def block_mass(
     for label, valid, x, block in (("block_valid", block_valid, k, block_k), ("query_valid", query_valid, q, block_q)):
         if valid is not None:
             _check_integers(label, valid, (x.shape[0], block_count(x.shape[2], block)), "[B, blocks]")
-    request = Request("block_mass", q.dtype, q.shape[3], block_q, block_k, interpret)
-    _, module = choose(implementation, request)
+    call = MassCall(q, k, lse, _scale(q, scale), block_q, block_k, block_valid, query_valid, interpret)
+    _, module = choose(implementation, call.request)
     with jax.named_scope("block_mass"):
-        mass, row_sum = module.block_mass(
-            q,
-            k,
-            lse,
-            block_q=block_q,
-            block_k=block_k,
-            block_valid=block_valid,
-            query_valid=query_valid,
-            scale=_scale(q, scale),
-            interpret=interpret,
-        )
+        mass, row_sum = module.block_mass(call)
     return (mass, row_sum) if return_row_sum else mass
 
 
@@ -207,19 +196,8 @@ def block_sparse_attention(
     _check_integers("indices", indices, (*rows, indices.shape[3]), "[B, H, nq, kmax]")
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
-    request = Request("block_sparse_attention", q.dtype, q.shape[3], block_q, block_k, interpret)
-    _, module = choose(implementation, request)
+    call = SparseCall(q, k, v, indices, counts, _scale(q, scale), block_q, block_k, block_valid, interpret)
+    _, module = choose(implementation, call.request)
     with jax.named_scope("block_sparse_attention"):
-        out, lse = module.block_sparse_attention(
-            q,
-            k,
-            v,
-            indices,
-            counts,
-            block_q=block_q,
-            block_k=block_k,
-            block_valid=block_valid,
-            scale=_scale(q, scale),
-            interpret=interpret,
-        )
+        out, lse = module.block_sparse_attention(call)
     return (out, lse) if return_lse else out

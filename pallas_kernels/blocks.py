@@ -5,8 +5,12 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
+LOG2E = 1.4426950408889634
+"""Scores are kept in base 2: exp2(s * log2(e)) is one multiply-add and one instruction."""
 MASKED = -3e38
 """Added to the scores of keys that are not valid."""
+FLOOR = -1e30
+"""Of a running maximum m: exp(MASKED - m) is 0 for every m above it."""
 
 
 def block_count(length: Any, block: int) -> Any:
@@ -32,6 +36,11 @@ def expand_valid(block_valid: Array | None, batch: int, block: int, length: int)
     counts = valid_counts(block_valid, batch, block, length)
     inside = jnp.arange(block) < counts[..., None]
     return inside.reshape(batch, -1)[:, :length]
+
+
+def merge_heads(x: Array) -> Array:
+    """[B * H, ...] of [B, H, ...]."""
+    return x.reshape(x.shape[0] * x.shape[1], *x.shape[2:])
 
 
 def pad_tokens(x: Array, multiple: int) -> Array:

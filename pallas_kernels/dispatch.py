@@ -3,23 +3,15 @@
 import functools
 import importlib
 import logging
-from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.calls import Request
+
 Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
-# Each module has the three kernels and `unsupported(request) -> reason or None`; imported when first asked for.
-_MODULES = {
-    "reference": "reference",
-    "xla": "xla",
-    "mosaic_tpu": "tpu",
-    "triton": "triton",
-    "mosaic_gpu": "mosaic_gpu",
-    "jax_triton": "jax_triton",
-}
 _BEST: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
     "gpu": ("mosaic_gpu", "triton", "xla"),
@@ -27,26 +19,13 @@ _BEST: dict[str, tuple[Implementation, ...]] = {
 }
 
 
-@dataclass(frozen=True)
-class Request:
-    """What an implementation needs to know of a call to say whether it can serve it."""
+def backend(name: Implementation) -> ModuleType:
+    """The module of an implementation, imported when first asked for; NotImplementedError if it lacks a package.
 
-    kernel: Literal["flash_attention", "block_mass", "block_sparse_attention"]
-    dtype: Any
-    head_dim: int
-    block_q: int | None = None
-    block_k: int | None = None
-    interpret: bool = False
-
-
-def backend(name: str) -> ModuleType:
-    """The module of an implementation; NotImplementedError if it is not part of this version or lacks a package."""
-    if name not in _MODULES:
-        raise NotImplementedError(
-            f"implementation={name!r} is not part of this version; available: {', '.join(_MODULES)}"
-        )
+    Each has `unsupported(request)`, the reason why it cannot serve or None, and the three kernels, functions of a call.
+    """
     try:
-        return importlib.import_module(f"pallas_kernels.{_MODULES[name]}")
+        return importlib.import_module(f"pallas_kernels.{name}")
     except ImportError as error:
         raise NotImplementedError(
             f"implementation={name!r} needs a package that is not installed ({error}); "

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
-from pallas_kernels.dispatch import Request
+from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
 
 
 def unsupported(request: Request) -> str | None:
@@ -31,59 +31,37 @@ def masked_attention(s: Array, keep: Array, v: Array, dtype: jnp.dtype) -> tuple
     return out.astype(dtype), lse[..., 0]
 
 
-def flash_attention(
-    q: Array, k: Array, v: Array, *, block_valid: Array | None, block_k: int, scale: float, interpret: bool = False
-) -> tuple[Array, Array]:
+def flash_attention(call: DenseCall) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
-    columns = expand_valid(block_valid, k.shape[0], block_k, k.shape[2])  # [B, Nk]
-    return masked_attention(scores(q, k, scale), columns[:, None, None], v, q.dtype)
+    q, k = call.q, call.k
+    columns = expand_valid(call.block_valid, k.shape[0], call.block_k, k.shape[2])  # [B, Nk]
+    return masked_attention(scores(q, k, call.scale), columns[:, None, None], call.v, q.dtype)
 
 
-def block_mass(
-    q: Array,
-    k: Array,
-    lse: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    query_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
+def block_mass(call: MassCall) -> tuple[Array, Array]:
     """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
-    batch, heads, rows, _ = q.shape
-    columns = expand_valid(block_valid, batch, block_k, k.shape[2])
+    (batch, heads, rows, _), keys = call.q.shape, call.k.shape[2]
+    columns = expand_valid(call.block_valid, batch, call.block_k, keys)
     # A row of LSE -inf has no valid column: no mass.
-    p = jnp.exp(scores(q, k, scale) - jnp.where(jnp.isneginf(lse), jnp.inf, lse)[..., None])
+    lse = jnp.where(jnp.isneginf(call.lse), jnp.inf, call.lse)
+    p = jnp.exp(scores(call.q, call.k, call.scale) - lse[..., None])
     p = jnp.where(columns[:, None, None], p, 0.0)
     row_sum = p.sum(-1)
-    p = jnp.where(expand_valid(query_valid, batch, block_q, rows)[:, None, :, None], p, 0.0)
-    nq, nk = block_count(rows, block_q), block_count(k.shape[2], block_k)
-    pad = ((0, 0), (0, 0), (0, nq * block_q - rows), (0, nk * block_k - k.shape[2]))
-    mass = jnp.pad(p, pad).reshape(batch, heads, nq, block_q, nk, block_k).sum((3, 5))
+    p = jnp.where(expand_valid(call.query_valid, batch, call.block_q, rows)[:, None, :, None], p, 0.0)
+    nq, nk = call.blocks
+    pad = ((0, 0), (0, 0), (0, nq * call.block_q - rows), (0, nk * call.block_k - keys))
+    mass = jnp.pad(p, pad).reshape(batch, heads, nq, call.block_q, nk, call.block_k).sum((3, 5))
     return mass, row_sum
 
 
-def block_sparse_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    indices: Array,
-    counts: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-) -> tuple[Array, Array]:
+def block_sparse_attention(call: SparseCall) -> tuple[Array, Array]:
     """Attention over selected blocks; see `pallas_kernels.block_sparse_attention`."""
+    q, k = call.q, call.k
     batch, rows, cols = q.shape[0], q.shape[2], k.shape[2]
-    nk = block_count(cols, block_k)
-    used = jnp.arange(indices.shape[-1]) < counts[..., None]
+    nk, kmax = block_count(cols, call.block_k), call.indices.shape[-1]
+    used = jnp.arange(kmax, dtype=jnp.int32) < call.counts[..., None]
     # [B, H, nq, kmax, nk] one-hot of the used entries; indices outside [0, nk) match nothing.
-    hit = (indices.astype(jnp.int32)[..., None] == jnp.arange(nk)) & used[..., None]
-    keep = expand_blocks(expand_blocks(hit.any(-2), block_k, cols, axis=3), block_q, rows, axis=2)
-    columns = expand_valid(block_valid, batch, block_k, cols)
-    return masked_attention(scores(q, k, scale), keep & columns[:, None, None], v, q.dtype)
+    hit = (call.indices.astype(jnp.int32)[..., None] == jnp.arange(nk, dtype=jnp.int32)) & used[..., None]
+    keep = expand_blocks(expand_blocks(hit.any(-2), call.block_k, cols, axis=3), call.block_q, rows, axis=2)
+    columns = expand_valid(call.block_valid, batch, call.block_k, cols)
+    return masked_attention(scores(q, k, call.scale), keep & columns[:, None, None], call.v, q.dtype)

@@ -9,12 +9,10 @@ import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
-from pallas_kernels.blocks import MASKED, block_count, key_bias, pad_tokens, valid_counts
-from pallas_kernels.dispatch import Request
+from pallas_kernels import varying
+from pallas_kernels.blocks import FLOOR, MASKED, block_count, key_bias, merge_heads, pad_tokens, valid_counts
+from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
 from pallas_kernels.tuning import XLA, XlaTuning
-
-# The floor of the running maximum: exp(MASKED - m) is 0 for every m above it.
-_FLOOR = -1e30
 
 
 def unsupported(request: Request) -> str | None:
@@ -36,8 +34,10 @@ def _contract(a: Array, b: Array, axes: tuple[int, int]) -> Array:
 _Running = tuple[Array, Array, Array]  # max [R], sum [R], weighted values [D, R]
 
 
-def _softmax_start(rows: int, head_dim: int) -> _Running:
-    return jnp.full(rows, _FLOOR), jnp.zeros(rows), jnp.zeros((head_dim, rows))
+def _softmax_start(leading: tuple[int, ...], rows: int, *operands: Array) -> _Running:
+    """For [*leading] query tiles of `rows` rows; `operands` are q, k, v and whatever else the loop reads."""
+    full = lambda value, *shape: varying.constant(value, (*leading, *shape), jnp.float32, *operands)
+    return full(FLOOR, rows), full(0, rows), full(0, operands[0].shape[-1], rows)
 
 
 def _softmax_step(running: _Running, q: Array, k: Array, v: Array, bias: Array | None) -> _Running:
@@ -63,147 +63,108 @@ def _scaled(q: Array, scale: float) -> Array:
     return q.astype(jnp.float32) * scale
 
 
-def flash_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    block_valid: Array | None,
-    block_k: int,
-    scale: float,
-    interpret: bool = False,
-    tuning: XlaTuning = XLA,
-) -> tuple[Array, Array]:
+def flash_attention(call: DenseCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
     """Dense attention, tile by tile; see `pallas_kernels.flash_attention`."""
-    batch, heads, rows, dim = q.shape
-    tile_q, tile_k = _even_tile(rows, tuning.dense_q), _even_tile(k.shape[2], tuning.dense_k)
-    bias = key_bias(block_valid, batch, block_k, k.shape[2], block_count(k.shape[2], tile_k) * tile_k)
-    q_tiles, k_tiles, v_tiles = (
-        pad_tokens(x, tile).reshape(batch * heads, -1, tile, dim) for x, tile in ((q, tile_q), (k, tile_k), (v, tile_k))
+    (batch, heads, rows, dim), keys = call.q.shape, call.k.shape[2]
+    tile_q, tile_k = _even_tile(rows, tuning.dense_q), _even_tile(keys, tuning.dense_k)
+    q, k, v = (
+        merge_heads(pad_tokens(x, tile)).reshape(batch * heads, -1, tile, dim)
+        for x, tile in ((call.q, tile_q), (call.k, tile_k), (call.v, tile_k))
     )
-    bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
-    nq, nk = q_tiles.shape[1], k_tiles.shape[1]
+    nq, nk = q.shape[1], k.shape[1]
+    bias = key_bias(call.block_valid, batch, call.block_k, keys, nk * tile_k)
+    bias_tiles = None if bias is None else bias.reshape(batch, nk, tile_k)
+    start = _softmax_start((), tile_q, q, k, v, *([] if bias is None else [bias]))
 
     def query_tile(i: Array) -> tuple[Array, Array]:
         head, tile = i // nq, i % nq
-        scaled = _scaled(q_tiles[head, tile], scale)
+        scaled = _scaled(q[head, tile], call.scale)
 
         def key_tile(j: Array, running: _Running) -> _Running:
             masked = None if bias_tiles is None else bias_tiles[head // heads, j]
-            return _softmax_step(running, scaled, k_tiles[head, j], v_tiles[head, j], masked)
+            return _softmax_step(running, scaled, k[head, j], v[head, j], masked)
 
-        return _softmax_end(lax.fori_loop(0, nk, key_tile, _softmax_start(tile_q, dim)), q.dtype)
+        return _softmax_end(lax.fori_loop(0, nk, key_tile, start), q.dtype)
 
-    out, lse = lax.map(query_tile, jnp.arange(batch * heads * nq))
-    return (
-        out.reshape(batch, heads, -1, dim)[:, :, :rows],
-        lse.reshape(batch, heads, -1)[:, :, :rows],
-    )
+    out, lse = lax.map(query_tile, jnp.arange(batch * heads * nq, dtype=jnp.int32))
+    return out.reshape(batch, heads, -1, dim)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
-def block_mass(
-    q: Array,
-    k: Array,
-    lse: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    query_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-    tuning: XlaTuning = XLA,
-) -> tuple[Array, Array]:
+def block_mass(call: MassCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
     """Attention mass of block pairs, tile by tile; see `pallas_kernels.block_mass`."""
-    batch, heads, rows, dim = q.shape
-    nq, nk = block_count(rows, block_q), block_count(k.shape[2], block_k)
+    (batch, heads, rows, dim), keys, (nq, nk) = call.q.shape, call.k.shape[2], call.blocks
+    block_q, block_k = call.block_q, call.block_k
     group_q = _even_tile(nq, max(1, tuning.dense_q // block_q))
     group_k = _even_tile(nk, max(1, tuning.dense_k // block_k))
     tile_q, tile_k = group_q * block_q, group_k * block_k
-    bias = key_bias(block_valid, batch, block_k, k.shape[2], block_count(nk, group_k) * tile_k)
-    q_tiles = pad_tokens(q, tile_q).reshape(batch * heads, -1, tile_q, dim)
-    k_tiles = pad_tokens(k, tile_k).reshape(batch * heads, -1, tile_k, dim)
-    # A row of LSE -inf has no valid key: exp(s - inf) = 0.
-    lse_tiles = pad_tokens(jnp.where(jnp.isneginf(lse), jnp.inf, lse), tile_q).reshape(batch * heads, -1, tile_q)
-    bias_tiles = None if bias is None else bias.reshape(batch, -1, tile_k)
-    row_valid = jnp.arange(block_q) < valid_counts(query_valid, batch, block_q, rows)[..., None]  # [B, nq, block_q]
-    row_tiles = jnp.pad(row_valid, ((0, 0), (0, -nq % group_q), (0, 0))).reshape(batch, -1, group_q, block_q)
-    tiles_q, tiles_k = q_tiles.shape[1], k_tiles.shape[1]
+    q, k = (
+        merge_heads(pad_tokens(x, tile)).reshape(batch * heads, -1, tile, dim)
+        for x, tile in ((call.q, tile_q), (call.k, tile_k))
+    )
+    tiles_q, tiles_k = q.shape[1], k.shape[1]
+    shift = call.shift(tiles_q * tile_q).reshape(batch * heads, tiles_q, tile_q)
+    weight = call.weight(tiles_q * tile_q).reshape(batch, tiles_q, group_q, block_q)
+    bias = key_bias(call.block_valid, batch, block_k, keys, tiles_k * tile_k)
+    bias_tiles = None if bias is None else bias.reshape(batch, tiles_k, tile_k)
 
     def query_tile(i: Array) -> tuple[Array, Array]:
         head, tile = i // tiles_q, i % tiles_q
-        scaled, row_lse = _scaled(q_tiles[head, tile], scale), lse_tiles[head, tile]
+        scaled, row_shift = _scaled(q[head, tile], call.scale), shift[head, tile]
 
         def key_tile(j: Array) -> Array:
-            s = _contract(k_tiles[head, j], scaled, (1, 1)) - row_lse
+            s = _contract(k[head, j], scaled, (1, 1)) - row_shift
             if bias_tiles is not None:
                 s = s + bias_tiles[head // heads, j][:, None]
             return jnp.exp(s).reshape(group_k, block_k, tile_q).sum(1)
 
-        sums = lax.map(key_tile, jnp.arange(tiles_k)).reshape(tiles_k * group_k, group_q, block_q)[:nk]
-        mass = jnp.where(row_tiles[head // heads, tile], sums, 0.0).sum(-1).T
-        return mass, sums.sum(0).reshape(tile_q)  # [group_q, nk], [tile_q]
+        sums = lax.map(key_tile, jnp.arange(tiles_k, dtype=jnp.int32))
+        sums = sums.reshape(tiles_k * group_k, group_q, block_q)[:nk]
+        return (sums * weight[head // heads, tile]).sum(-1).T, sums.sum(0).reshape(tile_q)  # [group_q, nk], [tile_q]
 
-    mass, row_sum = lax.map(query_tile, jnp.arange(batch * heads * tiles_q))
-    return (
-        mass.reshape(batch, heads, -1, nk)[:, :, :nq],
-        row_sum.reshape(batch, heads, -1)[:, :, :rows],
-    )
+    mass, row_sum = lax.map(query_tile, jnp.arange(batch * heads * tiles_q, dtype=jnp.int32))
+    mass = mass.reshape(batch, heads, -1, nk)[:, :, :nq]
+    return mass, row_sum.reshape(batch, heads, -1)[:, :, :rows]
 
 
-def block_sparse_attention(
-    q: Array,
-    k: Array,
-    v: Array,
-    indices: Array,
-    counts: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-    tuning: XlaTuning = XLA,
-) -> tuple[Array, Array]:
+def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
-    batch, heads, rows, dim = q.shape
-    nq, nk, kmax = block_count(rows, block_q), block_count(k.shape[2], block_k), indices.shape[3]
+    (batch, heads, rows, dim), keys, kmax = call.q.shape, call.k.shape[2], call.indices.shape[3]
+    block_q, block_k = call.block_q, call.block_k
+    nq, nk = block_count(rows, block_q), block_count(keys, block_k)
     group = _group_blocks(kmax, block_k, tuning)
     together = _rows_together(nq, max(1, tuning.step_keys // (group * block_k)))
     extra = -nq % together
-    q_blocks = pad_tokens(pad_tokens(q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
-    k_blocks, v_blocks = (pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (k, v))
-    blocks, keys = _gather_plan(indices, counts, valid_counts(block_valid, batch, block_k, k.shape[2]), group)
-    blocks, keys, row_counts = (
+    q_blocks = pad_tokens(pad_tokens(call.q, block_q), (nq + extra) * block_q).reshape(-1, together, block_q, dim)
+    k_blocks, v_blocks = (pad_tokens(x, block_k).reshape(batch * heads * nk, block_k, dim) for x in (call.k, call.v))
+    valid = valid_counts(call.block_valid, batch, block_k, keys)
+    blocks, block_keys, row_counts = (
         jnp.pad(x.reshape(batch * heads, nq, -1), ((0, 0), (0, extra), (0, 0))).reshape(len(q_blocks), together, -1)
-        for x in (blocks, keys, jnp.clip(counts, 0, kmax))
+        for x in (*_gather_plan(call.indices, call.counts, valid, group), jnp.clip(call.counts, 0, kmax))
     )
+    start = _softmax_start((together,), block_q, q_blocks, k_blocks, v_blocks, blocks, block_keys)
 
     def query_blocks(i: Array) -> tuple[Array, Array]:
-        scaled = _scaled(q_blocks[i], scale)
+        scaled = _scaled(q_blocks[i], call.scale)
 
         def key_group(g: Array, running: _Running) -> _Running:
-            block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, keys))
-            masked = jnp.arange(block_k) >= valid[..., None]
-            bias = jnp.where(masked, MASKED, 0.0).reshape(together, -1)
+            block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, block_keys))
+            masked = jnp.arange(block_k, dtype=jnp.int32) >= valid[..., None]
+            bias = jnp.where(masked, MASKED, 0.0).astype(jnp.float32).reshape(together, -1)
             k_group, v_group = (
                 x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
                 for x in (k_blocks, v_blocks)
             )
             return jax.vmap(_softmax_step)(running, scaled, k_group, v_group, bias)
 
-        start = jax.tree.map(lambda x: jnp.tile(x, (together,) + (1,) * x.ndim), _softmax_start(block_q, dim))
-        running = lax.fori_loop(0, block_count(row_counts[i].max(), group), key_group, start)
-        out, lse = jax.vmap(lambda r: _softmax_end(r, q.dtype))(running)
+        groups = block_count(row_counts[i].max(), group)
+        running = lax.fori_loop(0, groups, key_group, start)
+        out, lse = jax.vmap(lambda r: _softmax_end(r, call.q.dtype))(running)
         # A row without keys went along with its neighbours over a block that it did not select: drop what it saw.
-        empty = keys[i].max(-1) == 0
+        empty = block_keys[i].max(-1) == 0
         return jnp.where(empty[:, None, None], 0, out), jnp.where(empty[:, None], -jnp.inf, lse)
 
-    out, lse = lax.map(query_blocks, jnp.arange(len(q_blocks)))
-    return (
-        out.reshape(batch, heads, -1, dim)[:, :, :rows],
-        lse.reshape(batch, heads, -1)[:, :, :rows],
-    )
+    out, lse = lax.map(query_blocks, jnp.arange(len(q_blocks), dtype=jnp.int32))
+    return out.reshape(batch, heads, -1, dim)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
 def _group_blocks(kmax: int, block: int, tuning: XlaTuning) -> int:

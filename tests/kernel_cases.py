@@ -12,7 +12,8 @@ from jax import Array
 
 from pallas_kernels import reference
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
-from pallas_kernels.dispatch import Request, backend
+from pallas_kernels.calls import Request
+from pallas_kernels.dispatch import backend
 
 # Triton's interpreter has to be chosen before its first import: test_jax_triton starts a process that does.
 IMPLEMENTATIONS = ("jax_triton",) if os.environ.get("TRITON_INTERPRET") == "1" else ("xla", "triton", "mosaic_tpu")

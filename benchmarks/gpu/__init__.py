@@ -1,0 +1,1 @@
+"""`python -m benchmarks.gpu`, and what the GPU compilers, samplers and peers say."""

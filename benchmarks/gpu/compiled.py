@@ -1,6 +1,6 @@
 """What the GPU compilers make of our kernels, on a machine with no GPU.
 
-    python -m benchmarks.gpu_compile --arch 9.0 --json rows.json
+    python -m benchmarks.gpu.compiled --arch 9.0 --json rows.json
 
 Every default configuration is compiled for an A100 (8.0) or an H100 (9.0) with the very compilers that run on a GPU
 machine: XLA's Triton and Mosaic from the jax-cuda13 plugin, OpenAI Triton for jax_triton, and ptxas. Registers,
@@ -36,7 +36,8 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from pallas_kernels.dispatch import backend
+from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.dispatch import Implementation, backend
 
 TARGETS: dict[str, dict[str, Any]] = {
     "8.0": {
@@ -72,7 +73,7 @@ _SHARED = """
 
 KERNELS = ("dense", "block_mass", "block_sparse")
 # implementation -> (architectures, dtypes)
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS: dict[Implementation, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "triton": (("8.0", "9.0"), ("bfloat16", "float16", "float32")),
     "mosaic_gpu": (("9.0",), ("bfloat16", "float16")),
     "jax_triton": (("8.0", "9.0"), ("bfloat16", "float16", "float32")),
@@ -134,22 +135,21 @@ def count_instructions(ptx: str) -> dict[str, int]:
 
 
 def call(
-    implementation: str, kernel: str, block: int, head_dim: int, dtype: str, **options: Any
+    implementation: Implementation, kernel: str, block: int, head_dim: int, dtype: str, **options: Any
 ) -> tuple[Callable[..., Any], list[jax.ShapeDtypeStruct]]:
     """(function, argument shapes) of one kernel call, padded text and valid counts included."""
     module, tokens = backend(implementation), 8 * block
     shape = jax.ShapeDtypeStruct
     x = shape((1, 2, tokens, head_dim), dtype)
     valid, counts = shape((1, 8), jnp.int32), shape((1, 2, 8), jnp.int32)
-    options |= {"scale": head_dim**-0.5}
+    scale, blocks = head_dim**-0.5, (block, block)
     if kernel == "dense":
-        return lambda q, b: module.flash_attention(q, q, q, block_valid=b, block_k=block, **options), [x, valid]
-    options |= {"block_q": block, "block_k": block}
+        return lambda q, b: module.flash_attention(DenseCall(q, q, q, scale, block, b), **options), [x, valid]
     if kernel == "block_mass":
-        arguments = [x, shape(x.shape[:3], jnp.float32), valid]
-        return lambda q, s, b: module.block_mass(q, q, s, block_valid=b, query_valid=b, **options), arguments
-    arguments = [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
-    return lambda q, i, c, b: module.block_sparse_attention(q, q, q, i, c, block_valid=b, **options), arguments
+        mass = lambda q, s, b: module.block_mass(MassCall(q, q, s, scale, *blocks, b, b), **options)
+        return mass, [x, shape(x.shape[:3], jnp.float32), valid]
+    sparse = lambda q, i, c, b: module.block_sparse_attention(SparseCall(q, q, q, i, c, scale, *blocks, b), **options)
+    return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
 
 
 def lower(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct], arch: str) -> jax.stages.Lowered:

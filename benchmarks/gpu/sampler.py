@@ -1,6 +1,6 @@
 """What does a whole sampler gain on a GPU, at HunyuanVideo-13B's proportions?
 
-    python -m benchmarks.gpu_sampler [--json FILE] [--layers 2 4]
+    python -m benchmarks.gpu.sampler [--json FILE] [--layers 2 4]
 
 720p x 129 frames: 118,800 video tokens and 256 of text, 24 heads, D = 128, bfloat16, random weights, one tenth of the
 60 layers by default. Fewer layers scale the whole run, not its ratios: everything outside the layers is a small part.
@@ -19,11 +19,11 @@ from flax import nnx
 
 from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention, denoise
 from adaspa_jax.search import select_blocks
-from benchmarks.gpu.__main__ import device, seconds
+from benchmarks.measure import device, seconds
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.schedulers import FlowMatchEuler
+from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 
 LATENTS, TEXT = (33, 90, 160), 256
 

@@ -1,6 +1,6 @@
 """torch's dense attention and FlexAttention with the block mask of benchmarks.gpu, in a process of their own.
 
-python -m benchmarks.gpu_torch FILE TOKENS...
+python -m benchmarks.gpu.torch_baselines FILE TOKENS...
 """
 
 import json

@@ -7,9 +7,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from benchmarks.gpu.__main__ import BLOCKS, HEAD_DIM, HEADS, inputs, random_lists, seconds
+from benchmarks.measure import BLOCKS, HEAD_DIM, HEADS, inputs, random_lists, seconds
 from benchmarks.table import show, write_json
-from pallas_kernels.dispatch import Request, backend
+from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
+from pallas_kernels.dispatch import Implementation, backend
 from pallas_kernels.tuning import MosaicGpuTuning, TritonTuning
 
 TOKENS, DENSITY = 16384, 0.2
@@ -25,30 +26,32 @@ def mosaic(kernel: str, block: int) -> list[MosaicGpuTuning]:
     return [MosaicGpuTuning(t, s) for t in sorted({64, block}) for s in (1, 2, 3, 4)]
 
 
+def tuned(name: str, kernel: str, block: int, function: Any, call: Any) -> Iterator[tuple[Any, Any]]:
+    """(tuning, run of `function` on the call that `call` makes of arrays) of every candidate."""
+    for tuning in mosaic(kernel, block) if name == "mosaic_gpu" else TRITON:
+        yield tuning, lambda *x, tuning=tuning: function(call(*x), tuning)
+
+
 def cases() -> Iterator[tuple[str, str, int, Any, Any, float]]:
-    """(implementation, kernel, block, tuning, call, TFLOPs)."""
+    """(implementation, kernel, block, tuning, (run, sets of arguments), TFLOPs)."""
     sets, scale = inputs(TOKENS), HEAD_DIM**-0.5
     work = 4e-12 * HEADS * TOKENS**2 * HEAD_DIM
     lse = jnp.full((1, HEADS, TOKENS), math.log(TOKENS) + 0.5)
-    for name in ("mosaic_gpu", "triton"):
+    names: tuple[Implementation, ...] = ("mosaic_gpu", "triton")
+    for name in names:
         module = backend(name)
         if module.unsupported(Request("block_sparse_attention", jnp.bfloat16, HEAD_DIM, 64, 64)):
             continue
-        for tuning in mosaic("dense", 128) if name == "mosaic_gpu" else TRITON:
-            options = {"block_valid": None, "block_k": TOKENS, "scale": scale, "tuning": tuning}
-            run = lambda q, k, v, options=options, module=module: module.flash_attention(q, k, v, **options)
+        dense = lambda q, k, v: DenseCall(q, k, v, scale, TOKENS)
+        for tuning, run in tuned(name, "dense", 128, module.flash_attention, dense):
             yield name, "dense", 0, tuning, (run, sets), work
         for block in BLOCKS:
-            indices, counts = random_lists(TOKENS, block, DENSITY)
-            lists = [(*s, indices, counts) for s in sets]
-            common = {"block_q": block, "block_k": block, "block_valid": None, "scale": scale}
-            for tuning in mosaic("block_mass", block) if name == "mosaic_gpu" else TRITON:
-                options = common | {"query_valid": None, "tuning": tuning}
-                run = lambda q, k, v, options=options, module=module: module.block_mass(q, k, lse, **options)
+            mass = lambda q, k, v, block=block: MassCall(q, k, lse, scale, block, block)
+            for tuning, run in tuned(name, "block_mass", block, module.block_mass, mass):
                 yield name, "block_mass", block, tuning, (run, sets), work / 2
-            for tuning in mosaic("block_sparse", block) if name == "mosaic_gpu" else TRITON:
-                options = common | {"tuning": tuning}
-                run = lambda *x, options=options, module=module: module.block_sparse_attention(*x, **options)
+            lists = [(*s, *random_lists(TOKENS, block, DENSITY)) for s in sets]
+            sparse = lambda q, k, v, i, c, block=block: SparseCall(q, k, v, i, c, scale, block, block)
+            for tuning, run in tuned(name, "block_sparse", block, module.block_sparse_attention, sparse):
                 yield name, "block_sparse", block, tuning, (run, lists), work * DENSITY
 
 

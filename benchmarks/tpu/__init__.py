@@ -1,0 +1,1 @@
+"""`python -m benchmarks.tpu`, and what the TPU compiler says."""

@@ -2,8 +2,8 @@
 
     python -m benchmarks.tpu [--json FILE]
 
-bfloat16, 24 heads, D = 128, on one chip, timed as in benchmarks.gpu: medians of rounds of queued calls on fresh inputs.
-`python -m benchmarks.tpu_static` says, without a TPU, what to expect at best.
+bfloat16, 24 heads, D = 128, on one chip, timed as `benchmarks.measure` says.
+`python -m benchmarks.tpu.static` says, without a TPU, what to expect at best.
 """
 
 from collections.abc import Callable, Iterator
@@ -16,7 +16,7 @@ from jax.experimental.pallas.ops.tpu import flash_attention as jax_flash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
 from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as splash_mask
 
-from benchmarks.gpu.__main__ import (
+from benchmarks.measure import (
     BLOCKS,
     DENSITIES,
     HEAD_DIM,
@@ -59,7 +59,7 @@ def main(
 ) -> None:
     """Times our three kernels, the selection and the peers."""
     if jax.default_backend() != "tpu":
-        raise ValueError("no TPU here: run on a TPU machine, or python -m benchmarks.tpu_static for static cycles")
+        raise ValueError("no TPU here: run on a TPU machine, or python -m benchmarks.tpu.static for static cycles")
     rows: list[dict[str, Any]] = []
     for size in tokens or SIZES:
         sets = inputs(size)

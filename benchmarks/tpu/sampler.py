@@ -1,6 +1,6 @@
 """Does the whole sampler compile for a TPU, and does it fit? Needs no TPU; nothing runs.
 
-    python -m benchmarks.tpu_sampler [--chip v6e] [--layers 1 2]
+    python -m benchmarks.tpu.sampler [--chip v6e] [--layers 1 2]
 
 HunyuanVideo at 13B sizes with abstract weights, 720p x 129 frames (118,800 video tokens and 256 of text), 50 steps of
 all four kinds, as one jitted function with the TPU kernels inside, on one chip. Layers of a kind are scanned, so few of
@@ -17,13 +17,13 @@ import typer
 from flax import nnx
 
 from adaspa_jax import SparseConfig, denoise
-from benchmarks.tpu import static as tpu_static
 from benchmarks.gpu.sampler import LATENTS, TEXT, operands
 from benchmarks.table import show
+from benchmarks.tpu import static
 from benchmarks.tpu.schedule import CHIPS
 from models.commands.cli import run_cli
-from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.schedulers import FlowMatchEuler
+from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 
 # Read when the compiler is loaded: dumps of this many operations would take minutes.
 os.environ.pop("LIBTPU_INIT_ARGS", None)
@@ -57,9 +57,9 @@ def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, s
         return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)[0]
 
     begun = time.perf_counter()
-    lowered = tpu_static.lower(run, [weights, noise, given, state], tpu_static.chip_mesh(chip))
+    lowered = static.lower(run, [weights, noise, given, state], static.chip_mesh(chip))
     kernels = lowered.as_text().count("tpu_custom_call")
-    memory = tpu_static.memory(lowered.compile())
+    memory = static.memory(lowered.compile())
     size = lambda tree: sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree)) / 2**30
     return {
         "chip": chip,

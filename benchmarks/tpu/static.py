@@ -1,6 +1,6 @@
 """How fast can the TPU kernels be at best? Static cycles from the real TPU compiler; nothing runs on a TPU.
 
-    python -m benchmarks.tpu_static [--chip v5e] [--json rows.json]
+    python -m benchmarks.tpu.static [--chip v5e] [--json rows.json]
 
 Our three kernels and the selection at full scale, beside JAX's splash and flash attention at their best blocks. A cycle
 count leaves out what DMA and semaphores make a kernel wait: it is a lower bound on time. `cycles` are those of the loop
@@ -55,9 +55,12 @@ from adaspa_jax.search import select_blocks
 from benchmarks.table import show, write_json
 from benchmarks.tpu.schedule import CHIPS, Chip, loops, schedules, scoped_bytes, total_cycles
 from models.commands.cli import run_cli
-from pallas_kernels.mosaic_tpu import kernels as tpu
-from pallas_kernels.mosaic_tpu import mass as tpu_mass
+from pallas_kernels import mosaic_tpu
 from pallas_kernels.blocks import block_count
+from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS
+from pallas_kernels.mosaic_tpu.chip import chip as tpu_chip
+from pallas_kernels.mosaic_tpu.mass import mass_tile
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
 
 TOKENS, HEADS, DENSITY = 119056, 24, 0.2
@@ -195,11 +198,10 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
     blocks = block_count(n, block)
     x, scale = ((1, HEADS, n, case.head_dim), dtype), case.head_dim**-0.5
     valid: list[tuple[Any, ...]] = [((1, blocks), jnp.int32)] if case.ragged else []
-    sizes = {"block_q": block, "block_k": block, "scale": scale}
     given = lambda rest: rest[0] if rest else None
     if case.kernel == "block_mass":
-        tile_q, tile_k = tpu_mass.mass_tile(block, block)
-        mass = lambda q, k, lse, *v: tpu.block_mass(q, k, lse, block_valid=given(v), query_valid=None, **sizes)
+        tile_q, tile_k = mass_tile(block, block)
+        mass = lambda q, k, lse, *v: mosaic_tpu.block_mass(MassCall(q, k, lse, scale, block, block, given(v)))
         return mass, [x, x, (x[0][:3], jnp.float32), *valid], tile_q * tile_k / 128**2
     tile, listed, tuning = _tuning(case, generation)
     unroll = 2 if tuning.resident is False else tuning.unroll
@@ -207,12 +209,10 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
     if case.kernel == "dense":
         if case.ragged:
             x = ((1, HEADS, blocks * block, case.head_dim), dtype)
-        dense = lambda q, k, v, *b: tpu.flash_attention(
-            q, k, v, block_valid=given(b), block_k=block, scale=scale, tuning=tuning
-        )
+        dense = lambda q, k, v, *b: mosaic_tpu.flash_attention(DenseCall(q, k, v, scale, block, given(b)), tuning)
         return dense, [x, x, x, *valid], turn
-    sparse = lambda q, k, v, i, c, *b: tpu.block_sparse_attention(
-        q, k, v, i, c, block_valid=given(b), tuning=tuning, **sizes
+    sparse = lambda q, k, v, i, c, *b: mosaic_tpu.block_sparse_attention(
+        SparseCall(q, k, v, i, c, scale, block, block, given(b)), tuning
     )
     rows = (1, HEADS, blocks)
     return sparse, [x, x, x, ((*rows, listed), jnp.uint16), (rows, jnp.int32), *valid], turn
@@ -283,7 +283,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     attention = case.kernel in ("dense", "block_sparse", "gathered")
     mesh = chip_mesh(chip)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        generation = tpu.chip().generation
+        generation = tpu_chip().generation
     if case.kernel == "select":
         function, shapes, turn = _select(case)
     else:
@@ -293,7 +293,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     schedule = _schedule(case)
     if "gathered" in schedule.name and case.kernel != "gathered":
         turn *= 2 / _tuning(case, generation)[2].unroll  # it knows no longer turns
-        turn *= tpu.GATHERED_ROWS / 128 if case.kernel == "dense" else 1
+        turn *= GATHERED_ROWS / 128 if case.kernel == "dense" else 1
     turn *= case.head_dim / 128
     # The loop of block mass is its grid, with one over strips of the result inside that it runs at the end of a row.
     candidates = [loop for loop in loops(schedule) if loop.innermost or case.kernel == "block_mass"]
@@ -302,8 +302,8 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     masked, all_in = _all_in(case, schedule, generation, turn) if attention else (cycles, cycles)
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)
-    reread = {"block_mass": tpu_mass.mass_tile(case.block, case.block)[0], "splash": 1024, "flash": 2048}
-    gathered = tpu.GATHERED_ROWS if case.kernel == "dense" else case.block
+    reread = {"block_mass": mass_tile(case.block, case.block)[0], "splash": 1024, "flash": 2048}
+    gathered = GATHERED_ROWS if case.kernel == "dense" else case.block
     rows = reread.get(case.kernel, gathered if "gathered" in schedule.name else TOKENS)
     layer_ms: float | None = _layer_ms(case, CHIPS[chip], all_in)
     hbm_ms: float | None = _hbm_ms(case, CHIPS[chip], rows)
@@ -350,7 +350,7 @@ def in_processes(chips: list[str], cases: str) -> list[dict[str, Any]]:
     def one(chip: str) -> list[dict[str, Any]]:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "benchmarks.tpu_static", "--chip", chip, "--cases", cases, "--json", path]
+            command = [sys.executable, "-m", "benchmarks.tpu.static", "--chip", chip, "--cases", cases, "--json", path]
             # The compiler logs what it misses of a TPU machine.
             ended = subprocess.run([str(x) for x in command], capture_output=True, text=True)
             if ended.returncode:

@@ -1,0 +1,1 @@
+"""Files on disk to parameters: readers, key tables, formats, loading."""

@@ -17,8 +17,8 @@ from models.checkpoint.key_moves import Format, TensorView
 from models.checkpoint.key_table import Leaf, plan
 from models.checkpoint.registry import PORTS, Port
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
-from models.transformers.base import TransformerConfig, VideoTransformer
 from models.checkpoint.weight_files import expert_folders, read_weights, to_diffusers, unknown_format, weights_file
+from models.transformers.base import TransformerConfig, VideoTransformer
 
 __all__ = ["CheckpointError", "Source", "expert_folders", "from_pretrained", "open_source"]
 

@@ -2,13 +2,11 @@
 
 from dataclasses import dataclass
 
-from models.checkpoint import cogvideox_keys
-from models.checkpoint import hunyuan_keys
-from models.checkpoint import wan_keys
-from models.transformers.cogvideox import CogVideoXConfig, CogVideoXTransformer
-from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
+from models.checkpoint import cogvideox_keys, hunyuan_keys, wan_keys
 from models.checkpoint.key_table import Rule
 from models.transformers.base import TransformerConfig, VideoTransformer
+from models.transformers.cogvideox import CogVideoXConfig, CogVideoXTransformer
+from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.transformers.wan import WanConfig, WanTransformer
 
 

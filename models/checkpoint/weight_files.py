@@ -8,9 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from models.checkpoint import cogvideox_keys
-from models.checkpoint import hunyuan_keys
-from models.checkpoint import wan_keys
+from models.checkpoint import cogvideox_keys, hunyuan_keys, wan_keys
 from models.checkpoint.key_moves import Format, TensorView, move
 from models.checkpoint.safetensors_folder import (
     INDEX,

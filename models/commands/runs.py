@@ -11,14 +11,14 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adaspa_jax import SparseConfig, draw_blocks
+from models.checkpoint.loading import expert_folders, locate, open_source
+from models.checkpoint.safetensors_folder import CheckpointError, read_json
+from models.commands.media import grid_frames, psnr, ssim, to_pixels, write_gif, write_runs
 from models.pipeline.embeddings import Embeddings, read_embeddings, read_prompts
 from models.pipeline.families import VideoSize
 from models.pipeline.latents import SavedLatents, write_latents
-from models.checkpoint.loading import expert_folders, locate, open_source
-from models.commands.media import grid_frames, psnr, ssim, to_pixels, write_gif, write_runs
-from models.pipeline.words import HunyuanVideoPipeline, Sample
-from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.pipeline.video import Guidance, LatentSample, VideoPipeline
+from models.pipeline.words import HunyuanVideoPipeline, Sample
 
 
 def takes_words(checkpoint: Path) -> bool:

@@ -1,0 +1,1 @@
+"""Prompt embeddings to latents: families, guidance, the sampler of a checkpoint."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from models.transformers.base import Grid, VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
 from models.transformers.hunyuan_video import HunyuanVideoTransformer
-from models.transformers.base import Grid, VideoTransformer
 from models.transformers.wan import WanTransformer
 
 Embeddings = dict[str, np.ndarray]

@@ -10,12 +10,12 @@ from typing import Any
 from jax import Array
 
 from adaspa_jax import SparseConfig
-from models.transformers.cogvideox import CogVideoXTransformer
-from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from models.checkpoint.loading import abstract_model, parse_config
 from models.checkpoint.safetensors_folder import read_json
 from models.schedulers import AnyScheduler, CogVideoXDDIM, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.transformers.base import Grid, VideoTransformer
+from models.transformers.cogvideox import CogVideoXTransformer
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from models.transformers.wan import WanTransformer
 
 

@@ -16,15 +16,15 @@ from jax import Array
 import models
 from adaspa_jax import Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
 from models import schedulers
-from models.transformers.cogvideox import CogVideoXTransformer
+from models.checkpoint.loading import expert_folders
+from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import cfg, constant_scale, dynamic_scale
-from models.transformers.hunyuan_video import HunyuanVideoTransformer
-from models.checkpoint.loading import expert_folders
-from models.checkpoint.safetensors_folder import read_json
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.transformers.base import VideoTransformer
+from models.transformers.cogvideox import CogVideoXTransformer
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from models.transformers.wan import WanTransformer
 from pallas_kernels import Implementation, resolve_implementation
 

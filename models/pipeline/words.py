@@ -12,9 +12,9 @@ import models
 from adaspa_jax import Report, SparseConfig, TokenLayout
 from models.demo.words import WordEncoder
 from models.pipeline.families import PixelSize, pixel_family
-from models.transformers.hunyuan_video import HunyuanVideoTransformer
-from models.schedulers import FlowMatchEuler
 from models.pipeline.video import Progress, VideoPipeline
+from models.schedulers import FlowMatchEuler
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from pallas_kernels import Implementation
 
 

@@ -1,0 +1,1 @@
+"""The ports of the transformers, one file a model."""

@@ -14,18 +14,6 @@ from flax import nnx
 from jax import Array
 
 from adaspa_jax import SparseConfig, SparseState, StepKind
-from models.transformers.layers import (
-    EmbedMLP,
-    FeedForward,
-    LayerNorm,
-    Linear,
-    gelu_tanh,
-    modulate,
-    silu,
-    split_heads,
-    timestep_embedding,
-)
-from models.transformers.rope import rope_tables
 from models.transformers.base import (
     DENSE,
     AttentionCall,
@@ -38,6 +26,18 @@ from models.transformers.base import (
     stack,
     unpatchify,
 )
+from models.transformers.layers import (
+    EmbedMLP,
+    FeedForward,
+    LayerNorm,
+    Linear,
+    gelu_tanh,
+    modulate,
+    silu,
+    split_heads,
+    timestep_embedding,
+)
+from models.transformers.rope import rope_tables
 from pallas_kernels import Implementation
 
 ROPE_THETA = 10000.0

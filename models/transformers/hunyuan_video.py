@@ -13,6 +13,18 @@ from flax import nnx
 from jax import Array, lax
 
 from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout
+from models.transformers.base import (
+    DENSE,
+    AttentionCall,
+    Grid,
+    TransformerConfig,
+    VideoTransformer,
+    check_shape,
+    patchify,
+    scan_blocks,
+    stack,
+    unpatchify,
+)
 from models.transformers.layers import (
     EmbedMLP,
     FeedForward,
@@ -28,18 +40,6 @@ from models.transformers.layers import (
     timestep_embedding,
 )
 from models.transformers.rope import rope_tables
-from models.transformers.base import (
-    DENSE,
-    AttentionCall,
-    Grid,
-    TransformerConfig,
-    VideoTransformer,
-    check_shape,
-    patchify,
-    scan_blocks,
-    stack,
-    unpatchify,
-)
 from pallas_kernels import Implementation
 
 TIME_CHANNELS = 256

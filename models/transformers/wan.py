@@ -14,6 +14,18 @@ from flax import nnx
 from jax import Array
 
 from adaspa_jax import SparseConfig, SparseState, StepKind
+from models.transformers.base import (
+    DENSE,
+    AttentionCall,
+    Grid,
+    TransformerConfig,
+    VideoTransformer,
+    check_shape,
+    patchify,
+    scan_blocks,
+    stack,
+    unpatchify,
+)
 from models.transformers.layers import (
     EmbedMLP,
     FeedForward,
@@ -30,18 +42,6 @@ from models.transformers.layers import (
     timestep_embedding,
 )
 from models.transformers.rope import rope_tables
-from models.transformers.base import (
-    DENSE,
-    AttentionCall,
-    Grid,
-    TransformerConfig,
-    VideoTransformer,
-    check_shape,
-    patchify,
-    scan_blocks,
-    stack,
-    unpatchify,
-)
 from pallas_kernels import Implementation, flash_attention
 
 ROPE_THETA = 10000.0

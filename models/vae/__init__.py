@@ -1,0 +1,1 @@
+"""Latents to video: the decoders, one file a model."""

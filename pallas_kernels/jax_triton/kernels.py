@@ -1,38 +1,18 @@
-"""`@triton.jit` kernels called through jax-triton, the paper's own kind of kernel; imported only when asked for.
-
-Needs the jax-triton package and a CUDA plugin of jax. For tests without a GPU, TRITON_INTERPRET=1 set before the first
-import of triton makes `interpret=True` run the kernels in Triton's interpreter, in float16 and float32.
-"""
+"""The `@triton.jit` kernels, one program a tile of query rows, scores in base 2 as in `pallas_kernels.triton`."""
 
 import functools
-import math
-import os
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import triton
 import triton.language as tl
 from jax import Array
 
-from pallas_kernels.triton import kernels as pallas_triton
-from pallas_kernels.blocks import block_count, expand_valid, key_bias, pad_tokens
-from pallas_kernels.dispatch import Request
-from pallas_kernels.triton.padding import padded_dense, padded_sparse
+from pallas_kernels.blocks import LOG2E
+from pallas_kernels.calls import MassCall
+from pallas_kernels.jax_triton.launch import launch
+from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
-
-_LOG2E = math.log2(math.e)
-_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-
-
-def unsupported(request: Request) -> str | None:
-    """Why the call cannot run here, or None."""
-    if request.interpret and not _INTERPRETED:
-        return "interpret=True needs TRITON_INTERPRET=1 in the environment before triton is imported"
-    if request.interpret and jnp.dtype(request.dtype) == jnp.bfloat16:
-        return "Triton's interpreter multiplies bfloat16 wrongly; test in float16 or float32"
-    return pallas_triton.unsupported(request)
 
 
 @triton.jit
@@ -140,77 +120,6 @@ def _mass_kernel(
     tl.store(row_sum_ptr + h * ROWS + rows, row_sum)
 
 
-class _HostTensor:
-    """What Triton's interpreter needs of a torch tensor, over a numpy array."""
-
-    def __init__(self, array: np.ndarray):
-        self.array = array
-        self.dtype = array.dtype.name
-
-    def data_ptr(self) -> int:
-        return self.array.ctypes.data
-
-    def untyped_storage(self) -> "_HostTensor":
-        return self
-
-    def cpu(self) -> "_HostTensor":
-        return self
-
-    def copy_(self, other: "_HostTensor") -> None:
-        if other.array is not self.array:
-            raise AssertionError("the interpreter shares host memory")
-
-    def new_empty(self, length: int, device: str | None = None) -> "_HostTensor":
-        return _HostTensor(self.array)
-
-    def set_(self, storage: "_HostTensor", offset: int, size: Any, stride: Any) -> None:
-        self.array = storage.array
-
-    def storage_offset(self) -> int:
-        return 0
-
-    def size(self) -> tuple[int, ...]:
-        return self.array.shape
-
-    def stride(self) -> tuple[int, ...]:
-        return tuple(s // self.array.itemsize for s in self.array.strides)
-
-
-def _launch(
-    kernel: Any,
-    inputs: list[Array],
-    outputs: list[jax.ShapeDtypeStruct],
-    grid: tuple[int, int],
-    tuning: TritonTuning,
-    interpret: bool,
-    compute_capability: int | None,
-    **constants: Any,
-) -> list[Array]:
-    """One launch; the kernel takes the inputs, the outputs and the constants."""
-    if interpret:
-
-        def run(*arrays: np.ndarray) -> list[np.ndarray]:
-            # Poisoned, so that what a kernel does not write is seen.
-            made = [np.full(x.shape, np.nan, x.dtype) for x in outputs]
-            tensors = [_HostTensor(np.ascontiguousarray(x)) for x in (*arrays, *made)]
-            kernel[grid](*tensors, **constants)
-            return [t.array for t in tensors[len(arrays) :]]
-
-        return jax.pure_callback(run, outputs, *inputs)
-    import jax_triton
-
-    return jax_triton.triton_call(
-        *inputs,
-        kernel=kernel,
-        out_shape=outputs,
-        grid=grid,
-        num_warps=tuning.num_warps,
-        num_stages=tuning.num_stages,
-        compute_capability=compute_capability,
-        **constants,
-    )
-
-
 def _kernel_precision(dtype: Any, interpret: bool) -> str:
     return "tf32x3" if jnp.dtype(dtype) == jnp.float32 and not interpret else "ieee"
 
@@ -234,15 +143,15 @@ def _attention(
     tile_q, tile_k = min(block_q, tuning.tile_q), min(block_k, tuning.tile_k)
     none = jnp.zeros((1,), jnp.int32)
     indices, counts = (none.reshape(1, 1, 1, 1), none) if table is None else table
-    out, lse = _launch(
+    out, lse = launch(
         _attention_kernel,
         [q, k, v, jnp.zeros((1,), jnp.float32) if bias is None else bias, indices, counts],
-        [jax.ShapeDtypeStruct(q.shape, q.dtype), jax.ShapeDtypeStruct(q.shape[:3], jnp.float32)],
+        [(q.shape, q.dtype), (q.shape[:3], jnp.float32)],
         (rows // tile_q, batch * heads),
         tuning,
         interpret,
         compute_capability,
-        SCALE=scale * _LOG2E,
+        SCALE=scale * LOG2E,
         HEADS=heads,
         ROWS=rows,
         KEYS=keys,
@@ -260,54 +169,49 @@ def _attention(
     return out, lse
 
 
-flash_attention = functools.partial(padded_dense, _attention)
-block_sparse_attention = functools.partial(padded_sparse, _attention)
-
-
-def block_mass(
+def _mass(
     q: Array,
     k: Array,
-    lse: Array,
+    shift: Array,
+    weight: Array,
+    bias: Array | None,
     *,
+    tile_q: int,
+    tile_k: int,
     block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    query_valid: Array | None,
     scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
+    tuning: TritonTuning,
+    interpret: bool,
     compute_capability: int | None = None,
 ) -> tuple[Array, Array]:
-    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    """Mass of tiles, none larger than a block; row sums."""
     (batch, heads, rows, dim), keys = q.shape, k.shape[2]
-    tuning = tuning or triton_tuning("block_mass", q.dtype, dim)
-    tile_q, tile_k = min(block_q, tuning.tile_q), min(block_k, tuning.tile_k)
-    nq, nk = block_count(rows, block_q), block_count(keys, block_k)
-    weight = expand_valid(query_valid, batch, block_q, rows).astype(jnp.float32)
-    bias = key_bias(block_valid, batch, block_k, keys, nk * block_k)
-    # A row of LSE -inf has no valid key: exp2(s - inf) = 0.
-    shift = pad_tokens(jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2E), block_q)
-    q, k = pad_tokens(q, block_q), pad_tokens(k, block_k)
-    padded = q.shape[2]
-    shape = lambda *s: jax.ShapeDtypeStruct((batch, heads, *s), jnp.float32)
-    mass, row_sum = _launch(
+    mass, row_sum = launch(
         _mass_kernel,
-        [q, k, shift, jnp.pad(weight, ((0, 0), (0, padded - rows))), jnp.zeros((1,)) if bias is None else bias],
-        [shape(padded // tile_q, nk * block_k // tile_k), shape(padded)],
-        (padded // tile_q, batch * heads),
+        [q, k, shift, weight, jnp.zeros((1,), jnp.float32) if bias is None else bias],
+        [((batch * heads, rows // tile_q, keys // tile_k), jnp.float32), ((batch, heads, rows), jnp.float32)],
+        (rows // tile_q, batch * heads),
         tuning,
         interpret,
         compute_capability,
-        SCALE=scale * _LOG2E,
+        SCALE=scale * LOG2E,
         HEADS=heads,
-        ROWS=padded,
-        KEYS=nk * block_k,
+        ROWS=rows,
+        KEYS=keys,
         D=dim,
         TILE_Q=tile_q,
         TILE_K=tile_k,
         MASKED=bias is not None,
         PRECISION=_kernel_precision(q.dtype, interpret),
     )
-    # Tiles smaller than a block add up.
-    mass = mass.reshape(batch, heads, nq, block_q // tile_q, nk, block_k // tile_k).sum((3, 5))
-    return mass, row_sum[:, :, :rows]
+    return mass, row_sum
+
+
+flash_attention = functools.partial(padded_dense, _attention)
+block_sparse_attention = functools.partial(padded_sparse, _attention)
+
+
+def block_mass(call: MassCall, tuning: TritonTuning | None = None, **options: Any) -> tuple[Array, Array]:
+    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    tuning = tuning or triton_tuning("block_mass", call.q.dtype, call.q.shape[3])
+    return padded_mass(_mass, call, tuning, min(call.block_q, tuning.tile_q), **options)

@@ -1,4 +1,4 @@
-"""Interpreter of the Hopper kernels' bodies: what `mosaic_gpu.HOPPER` does on the device, done eagerly on a CPU.
+"""Interpreter of the Hopper kernels' bodies: what `machine.HOPPER` does on the device, done eagerly on a CPU.
 
 Pallas' own interpreter lacks wgmma accumulators in registers. This one runs a body as it stands, one thread a
 warpgroup, one of them at a time, and is as unkind as the hardware may be: shared memory and outputs begin as NaN, a TMA
@@ -155,7 +155,7 @@ class _Warpgroup(threading.Thread):
 
 
 class _Program:
-    """One program of the grid, with the operations of `mosaic_gpu.HOPPER`."""
+    """One program of the grid, with the operations of `machine.HOPPER`."""
 
     def __init__(self, body: Any, refs: dict[str, _Ref], memory: Sequence[Any], axes: dict[str, int], groups: int):
         self.axes, self.group = axes, 0

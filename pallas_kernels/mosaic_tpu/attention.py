@@ -10,19 +10,16 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import block_count
+from pallas_kernels import varying
+from pallas_kernels.blocks import FLOOR, LOG2E, block_count
 from pallas_kernels.tuning import TpuAttentionTuning
 
 _LANES = 128
-_LOG2E = 1.4426950408889634
-# Floor of the running maximum: exp2(MASKED - m) is 0 for every m above it.
-_FLOOR = -1e30
 HEADER = 3
 """Entries of a list before its tiles: where it begins, its pairs of groups, and the turns of whole tiles after them."""
 DROPPED = 1 << 30
@@ -47,7 +44,7 @@ class _Softmax:
     def __init__(self, scratch: tuple[Any, ...], bias: Any, table: Any, tile: int, scale: float):
         self.m, self.total, self.acc = scratch
         self.bias, self.table, self.tile, self.scale = bias, table, tile, scale
-        self.m[...] = jnp.full_like(self.m, _FLOOR)
+        self.m[...] = jnp.full_like(self.m, FLOOR)
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
@@ -88,7 +85,7 @@ class _Softmax:
         total = self.total[...].sum(1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
         out[...] = (self.acc[...] / safe).astype(out.dtype)
-        column = jnp.where(total > 0, (self.m[...] + jnp.log2(safe)) * (1 / _LOG2E), -jnp.inf)
+        column = jnp.where(total > 0, (self.m[...] + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
         lse[...] = jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
 
 
@@ -242,7 +239,7 @@ def attention(
     specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, heads), 0, 0), **once()))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
-        functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * _LOG2E),
+        functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),
         grid=(programs, blocks),
         in_specs=specs,
         out_specs=[
@@ -250,14 +247,14 @@ def attention(
             pl.BlockSpec((None, None, 1, rows), lambda h, i: (h, i, 0, 0)),
         ],
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((programs, blocks, 1, rows), jnp.float32),
+            varying.result(q.shape, q.dtype, *operands),
+            varying.result((programs, blocks, 1, rows), jnp.float32, *operands),
         ],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=vmem_bytes,
             dimension_semantics=("parallel", "arbitrary"),
-            # Lists hold tiles of the array only, see `tpu._lists`.
+            # Lists hold tiles of the array only, see `lists.tile_lists`.
             disable_bounds_checks=True,
         ),
         interpret=interpret,

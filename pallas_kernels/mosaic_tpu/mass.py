@@ -5,20 +5,20 @@ sums to VMEM, and queries are summed once, after the last key tile.
 """
 
 import functools
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels.blocks import block_count
+from pallas_kernels import varying
+from pallas_kernels.blocks import LOG2E, block_count, merge_heads, pad_tokens, valid_counts
+from pallas_kernels.calls import MassCall
 from pallas_kernels.mosaic_tpu.attention import contract
+from pallas_kernels.mosaic_tpu.chip import chip
 
 _LANES = 128
-_LOG2E = math.log2(math.e)
 
 
 def _kernel(
@@ -80,21 +80,15 @@ def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
     return max(1024, 8 * block_q), max(2048, 8 * block_k)
 
 
-def block_mass(
+def _mass(
     q: Array,
     k: Array,
     shift: Array,
     weight: Array,
     valid: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    heads: int,
-    scale: float,
-    vmem_bytes: int,
-    interpret: Any,
+    call: MassCall,
 ) -> tuple[Array, Array]:
-    """Mass of block pairs and sums of rows.
+    """Mass of block pairs and sums of rows; what is not named here is the call's.
 
     Args:
       q: [B*H, Nq, D], Nq a multiple of the rows of `mass_tile`.
@@ -102,25 +96,21 @@ def block_mass(
       shift: float32 [B*H, Nq], LSE in base 2; inf for a row without mass.
       weight: float32 [B, Nq], of a row in the mass of its block.
       valid: int32 [B, Nk / block_k], valid keys of each block.
-      block_q: rows of a query block.
-      block_k: keys of a key block.
-      heads: H.
-      scale: of the scores, for exp.
-      vmem_bytes: limit for the compiler.
-      interpret: passed to pallas_call.
+      call: the blocks and the scale.
 
     Returns:
       mass float32 [B*H, Nq / block_q, Nk / block_k or more], numbers that nobody should read past the last block;
       row_sum float32 [B*H, Nq].
     """
-    (programs, queries, dim), keys = q.shape, k.shape[1]
+    (programs, queries, dim), keys, heads = q.shape, k.shape[1], call.q.shape[1]
+    block_q, block_k, scale = call.block_q, call.block_k, call.scale * LOG2E
     tile_q, tile_k = mass_tile(block_q, block_k)
     used = keys // block_k
     blocks = _LANES * block_count(used, _LANES)
     partial = (valid.reshape(valid.shape[0], keys // tile_k, -1) < block_k).any(-1)
     row = lambda index: pl.BlockSpec((None, 1, tile_q), index)
     mass, row_sum = pl.pallas_call(
-        functools.partial(_kernel, block_q=block_q, block_k=block_k, used=used, heads=heads, scale=scale * _LOG2E),
+        functools.partial(_kernel, block_q=block_q, block_k=block_k, used=used, heads=heads, scale=scale),
         grid_spec=pltpu.PrefetchScalarGridSpec(
             num_scalar_prefetch=2,
             grid=(programs, queries // tile_q, keys // tile_k),
@@ -137,13 +127,26 @@ def block_mass(
             scratch_shapes=[pltpu.VMEM((blocks, tile_q), jnp.float32)],
         ),
         out_shape=[
-            jax.ShapeDtypeStruct((programs, queries // block_q, blocks), jnp.float32),
-            jax.ShapeDtypeStruct((programs, 1, queries), jnp.float32),
+            varying.result((programs, queries // block_q, blocks), jnp.float32, q, k, shift, weight, valid),
+            varying.result((programs, 1, queries), jnp.float32, q, k, shift, weight, valid),
         ],
         compiler_params=pltpu.CompilerParams(
-            vmem_limit_bytes=vmem_bytes, dimension_semantics=("parallel", "parallel", "arbitrary")
+            vmem_limit_bytes=chip().vmem_bytes, dimension_semantics=("parallel", "parallel", "arbitrary")
         ),
-        interpret=interpret,
+        interpret=call.interpret,
         name="adaspa_block_mass",
     )(valid.reshape(-1), partial.reshape(-1).astype(jnp.int32), q, k, shift[:, None], weight[:, None])
     return mass, row_sum[:, 0]
+
+
+def block_mass(call: MassCall) -> tuple[Array, Array]:
+    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    (batch, heads, rows, _), keys, (nq, nk) = call.q.shape, call.k.shape[2], call.blocks
+    tile_q, tile_k = mass_tile(call.block_q, call.block_k)
+    q, k = pad_tokens(call.q, tile_q), pad_tokens(call.k, tile_k)
+    shift, weight = call.shift(q.shape[2]) * LOG2E, call.weight(q.shape[2])
+    valid = valid_counts(call.block_valid, batch, call.block_k, keys)
+    valid = jnp.pad(valid, ((0, 0), (0, k.shape[2] // call.block_k - nk)))
+    mass, row_sum = _mass(merge_heads(q), merge_heads(k), merge_heads(shift), weight, valid, call)
+    mass = mass.reshape(batch, heads, *mass.shape[1:])[:, :, :nq, :nk]
+    return mass, row_sum.reshape(batch, heads, -1)[:, :, :rows]

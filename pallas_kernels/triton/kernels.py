@@ -5,35 +5,18 @@ kept in base 2: exp2(s * log2(e)) is one multiply-add and one instruction.
 """
 
 import functools
-import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
 
-from pallas_kernels.blocks import block_count, expand_valid, key_bias, pad_tokens
-from pallas_kernels.dispatch import Request, gpu_capability
-from pallas_kernels.triton.padding import padded_dense, padded_sparse
+from pallas_kernels import varying
+from pallas_kernels.blocks import FLOOR, LOG2E, merge_heads
+from pallas_kernels.calls import MassCall
+from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
-
-_LOG2E = math.log2(math.e)
-# Floor of the running maximum: exp2(MASKED - m) is 0 for every m above it.
-_FLOOR = -1e30
-
-
-def unsupported(request: Request) -> str | None:
-    """Why the call cannot run here, or None."""
-    if request.head_dim < 16 or request.head_dim > 128 or request.head_dim & (request.head_dim - 1):
-        return f"head_dim={request.head_dim} must be a power of two from 16 to 128"
-    if any(block is not None and block < 16 for block in (request.block_q, request.block_k)):
-        return f"block_q={request.block_q}, block_k={request.block_k} must be at least 16"
-    capability = gpu_capability()
-    if capability is not None and not request.interpret and float(capability) < 8.0:
-        return f"compute capability {capability} is below 8.0 (Ampere)"
-    return None
 
 
 def _precision(dtype: Any, interpret: bool) -> Any:
@@ -75,11 +58,11 @@ def _attention_kernel(
         return acc, m_new, total * shrink + p.sum(1)
 
     rows = q.shape[0]
-    start = jnp.zeros(q.shape, jnp.float32), jnp.full(rows, _FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32)
+    start = jnp.zeros(q.shape, jnp.float32), jnp.full(rows, FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32)
     acc, m, total = lax.fori_loop(0, steps, step, start)
     safe = jnp.where(total > 0, total, 1.0)
     ref["out"][...] = (acc / safe[:, None]).astype(q.dtype)
-    ref["lse"][...] = jnp.where(total > 0, (m + jnp.log2(safe)) / _LOG2E, -jnp.inf)
+    ref["lse"][...] = jnp.where(total > 0, (m + jnp.log2(safe)) / LOG2E, -jnp.inf)
 
 
 def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, precision: Any, tile: int, group: int) -> None:
@@ -102,22 +85,23 @@ def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, precision: An
 def _call(
     kernel: Any,
     inputs: dict[str, tuple[Array, pl.BlockSpec]],
-    outputs: dict[str, tuple[Any, pl.BlockSpec]],
+    outputs: dict[str, tuple[tuple[int, ...], Any, pl.BlockSpec]],
     **options: Any,
 ) -> list[Array]:
-    """A pallas_call whose kernel gets its refs by name."""
+    """A pallas_call whose kernel gets its refs by name; `outputs` gives shape, dtype and block of each result."""
     tuning: TritonTuning = options.pop("tuning")
     grid, interpret, name = (options.pop(key) for key in ("grid", "interpret", "name"))
+    operands = [x for x, _ in inputs.values()]
     return pl.pallas_call(
         functools.partial(kernel, names=(*inputs, *outputs), **options),
         grid=grid,
         in_specs=[spec for _, spec in inputs.values()],
-        out_specs=[spec for _, spec in outputs.values()],
-        out_shape=[shape for shape, _ in outputs.values()],
+        out_specs=[spec for *_, spec in outputs.values()],
+        out_shape=[varying.result(*of, *operands) for *of, _ in outputs.values()],
         compiler_params=plt.CompilerParams(num_warps=tuning.num_warps, num_stages=tuning.num_stages),
         interpret=interpret,
         name=name,
-    )(*(x for x, _ in inputs.values()))
+    )(*operands)
 
 
 def _attention(
@@ -136,33 +120,29 @@ def _attention(
     """Dense attention, or with a table of (indices, counts) block-sparse; tokens padded to whole blocks."""
     batch, heads, rows, dim = q.shape
     tile_q, tile_k, keys = min(block_q, tuning.tile_q), min(block_k, tuning.tile_k), k.shape[2]
-    flat = lambda x: x.reshape(batch * heads, *x.shape[2:])
     # Tiles of one head come one after the other, so that its keys stay in the L2 cache.
     row_spec = pl.BlockSpec((None, tile_q, dim), lambda i, h: (h, i, 0))
     key_spec = pl.BlockSpec((None, keys, dim), lambda i, h: (h, 0, 0))
-    inputs = {"q": (flat(q), row_spec), "k": (flat(k), key_spec), "v": (flat(v), key_spec)}
+    inputs = {"q": (merge_heads(q), row_spec), "k": (merge_heads(k), key_spec), "v": (merge_heads(v), key_spec)}
     if bias is not None:
         inputs["bias"] = bias, pl.BlockSpec((None, keys), lambda i, h: (h // heads, 0))
     if table is not None:
         indices, counts = table
         split = block_q // tile_q
         inputs["indices"] = (
-            flat(indices),
+            merge_heads(indices),
             pl.BlockSpec((None, None, indices.shape[3]), lambda i, h: (h, i // split, 0)),
         )
-        inputs["counts"] = flat(counts), pl.BlockSpec((None, 1), lambda i, h: (h, i // split))
+        inputs["counts"] = merge_heads(counts), pl.BlockSpec((None, 1), lambda i, h: (h, i // split))
     out, lse = _call(
         _attention_kernel,
         inputs,
         {
-            "out": (jax.ShapeDtypeStruct((batch * heads, rows, dim), q.dtype), row_spec),
-            "lse": (
-                jax.ShapeDtypeStruct((batch * heads, rows), jnp.float32),
-                pl.BlockSpec((None, tile_q), lambda i, h: (h, i)),
-            ),
+            "out": ((batch * heads, rows, dim), q.dtype, row_spec),
+            "lse": ((batch * heads, rows), jnp.float32, pl.BlockSpec((None, tile_q), lambda i, h: (h, i))),
         },
         grid=(rows // tile_q, batch * heads),
-        scale=scale * _LOG2E,
+        scale=scale * LOG2E,
         precision=_precision(q.dtype, interpret),
         tile=tile_k,
         block=block_k,
@@ -174,60 +154,42 @@ def _attention(
     return out.reshape(q.shape), lse.reshape(batch, heads, rows)
 
 
-flash_attention = functools.partial(padded_dense, _attention)
-block_sparse_attention = functools.partial(padded_sparse, _attention)
-
-
-def block_mass(
+def _mass(
     q: Array,
     k: Array,
-    lse: Array,
+    shift: Array,
+    weight: Array,
+    bias: Array | None,
     *,
+    tile_q: int,
+    tile_k: int,
     block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    query_valid: Array | None,
     scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
+    tuning: TritonTuning,
+    interpret: bool,
 ) -> tuple[Array, Array]:
-    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    """Mass of blocks, or of tiles smaller than a block, with each key tile; row sums."""
     (batch, heads, rows, dim), keys = q.shape, k.shape[2]
-    tuning = tuning or triton_tuning("block_mass", q.dtype, dim)
-    tile_q, tile_k = tuning.tile_q, min(block_k, tuning.tile_k)
-    nq, nk = block_count(rows, block_q), block_count(keys, block_k)
-    # A tile holds whole blocks, or a block whole tiles.
-    group = max(1, tile_q // block_q)
-    weight = expand_valid(query_valid, batch, block_q, rows).astype(jnp.float32)
-    bias = key_bias(block_valid, batch, block_k, keys, nk * block_k)
-    step = max(block_q, tile_q)
-    # A row of LSE -inf has no valid key: exp2(s - inf) = 0.
-    shift = jnp.where(jnp.isneginf(lse), jnp.inf, lse * _LOG2E)
-    q, k, shift = pad_tokens(q, step), pad_tokens(k, block_k), pad_tokens(shift, step)
-    padded, key_tiles = q.shape[2], nk * block_k // tile_k
-    tiles, flat = padded // tile_q, lambda x: x.reshape(batch * heads, *x.shape[2:])
+    group, tiles, key_tiles = max(1, tile_q // block_q), rows // tile_q, keys // tile_k
     row = pl.BlockSpec((None, tile_q), lambda i, h: (h, i))
     inputs = {
-        "q": (flat(q), pl.BlockSpec((None, tile_q, dim), lambda i, h: (h, i, 0))),
-        "k": (flat(k), pl.BlockSpec((None, nk * block_k, dim), lambda i, h: (h, 0, 0))),
-        "shift": (flat(shift), row),
-        "weight": (
-            jnp.pad(weight, ((0, 0), (0, padded - rows))),
-            pl.BlockSpec((None, tile_q), lambda i, h: (h // heads, i)),
-        ),
+        "q": (merge_heads(q), pl.BlockSpec((None, tile_q, dim), lambda i, h: (h, i, 0))),
+        "k": (merge_heads(k), pl.BlockSpec((None, keys, dim), lambda i, h: (h, 0, 0))),
+        "shift": (merge_heads(shift), row),
+        "weight": (weight, pl.BlockSpec((None, tile_q), lambda i, h: (h // heads, i))),
     }
     if bias is not None:
-        inputs["bias"] = bias, pl.BlockSpec((None, nk * block_k), lambda i, h: (h // heads, 0))
-    shape = lambda *s: jax.ShapeDtypeStruct((batch * heads, *s), jnp.float32)
+        inputs["bias"] = bias, pl.BlockSpec((None, keys), lambda i, h: (h // heads, 0))
+    block = pl.BlockSpec((None, group, key_tiles), lambda i, h: (h, i, 0))
     mass, row_sum = _call(
         _mass_kernel,
         inputs,
         {
-            "mass": (shape(tiles * group, key_tiles), pl.BlockSpec((None, group, key_tiles), lambda i, h: (h, i, 0))),
-            "row_sum": (shape(padded), row),
+            "mass": ((batch * heads, tiles * group, key_tiles), jnp.float32, block),
+            "row_sum": ((batch * heads, rows), jnp.float32, row),
         },
         grid=(tiles, batch * heads),
-        scale=scale * _LOG2E,
+        scale=scale * LOG2E,
         precision=_precision(q.dtype, interpret),
         tile=tile_k,
         group=group,
@@ -235,6 +197,14 @@ def block_mass(
         interpret=interpret,
         name="block_mass",
     )
-    # Tiles smaller than a block add up.
-    mass = mass.reshape(batch, heads, -1, max(1, block_q // tile_q), nk, block_k // tile_k).sum((3, 5))
-    return mass[:, :, :nq], row_sum.reshape(batch, heads, padded)[:, :, :rows]
+    return mass, row_sum.reshape(batch, heads, rows)
+
+
+flash_attention = functools.partial(padded_dense, _attention)
+block_sparse_attention = functools.partial(padded_sparse, _attention)
+
+
+def block_mass(call: MassCall, tuning: TritonTuning | None = None) -> tuple[Array, Array]:
+    """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
+    tuning = tuning or triton_tuning("block_mass", call.q.dtype, call.q.shape[3])
+    return padded_mass(_mass, call, tuning, tuning.tile_q)

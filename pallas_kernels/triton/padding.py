@@ -6,58 +6,50 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import key_bias, pad_tokens
+from pallas_kernels.blocks import LOG2E, key_bias, pad_tokens
+from pallas_kernels.calls import DenseCall, MassCall, SparseCall
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
-Attention = Callable[..., tuple[Array, Array]]
-"""(q, k, v, bias or None, (indices, counts) or None, *, block_q, block_k, scale, tuning, interpret) -> (out, lse)."""
+Kernel = Callable[..., tuple[Array, Array]]
 
 
-def padded_dense(
-    attention: Attention,
-    q: Array,
-    k: Array,
-    v: Array,
-    *,
-    block_valid: Array | None,
-    block_k: int,
-    scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """Dense attention; see `pallas_kernels.flash_attention`."""
-    rows, keys = q.shape[2], k.shape[2]
-    tuning = tuning or triton_tuning("dense", q.dtype, q.shape[3])
-    q, k, v = pad_tokens(q, tuning.tile_q), pad_tokens(k, tuning.tile_k), pad_tokens(v, tuning.tile_k)
-    bias = key_bias(block_valid, q.shape[0], block_k, keys, k.shape[2])
-    blocks = {"block_q": tuning.tile_q, "block_k": tuning.tile_k}
-    out, lse = attention(q, k, v, bias, None, **blocks, scale=scale, tuning=tuning, interpret=interpret, **options)
+def padded_dense(attention: Kernel, call: DenseCall, tuning: TritonTuning | None = None, **options: Any) -> Any:
+    """Dense attention by `attention(q, k, v, bias or None, None, *, block_q, block_k, scale, tuning, interpret)`."""
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    tuning = tuning or triton_tuning("dense", call.q.dtype, call.q.shape[3])
+    q, k, v = (pad_tokens(x, tile) for x, tile in zip((call.q, call.k, call.v), _tiles(tuning), strict=True))
+    bias = key_bias(call.block_valid, q.shape[0], call.block_k, keys, k.shape[2])
+    options |= {"block_q": tuning.tile_q, "block_k": tuning.tile_k, "scale": call.scale, "interpret": call.interpret}
+    out, lse = attention(q, k, v, bias, None, tuning=tuning, **options)
     return out[:, :, :rows], lse[:, :, :rows]
 
 
-def padded_sparse(
-    attention: Attention,
-    q: Array,
-    k: Array,
-    v: Array,
-    indices: Array,
-    counts: Array,
-    *,
-    block_q: int,
-    block_k: int,
-    block_valid: Array | None,
-    scale: float,
-    interpret: bool = False,
-    tuning: TritonTuning | None = None,
-    **options: Any,
-) -> tuple[Array, Array]:
-    """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    rows, keys = q.shape[2], k.shape[2]
-    tuning = tuning or triton_tuning("block_sparse", q.dtype, q.shape[3])
-    q, k, v = pad_tokens(q, block_q), pad_tokens(k, block_k), pad_tokens(v, block_k)
-    bias = key_bias(block_valid, q.shape[0], block_k, keys, k.shape[2])
-    table = indices, jnp.clip(counts, 0, indices.shape[3])
-    blocks = {"block_q": block_q, "block_k": block_k}
-    out, lse = attention(q, k, v, bias, table, **blocks, scale=scale, tuning=tuning, interpret=interpret, **options)
+def _tiles(tuning: TritonTuning) -> tuple[int, int, int]:
+    return tuning.tile_q, tuning.tile_k, tuning.tile_k
+
+
+def padded_sparse(attention: Kernel, call: SparseCall, tuning: TritonTuning | None = None, **options: Any) -> Any:
+    """Attention over blocks by `attention` as above, with a table (indices, counts int32) in place of None."""
+    rows, keys = call.q.shape[2], call.k.shape[2]
+    tuning = tuning or triton_tuning("block_sparse", call.q.dtype, call.q.shape[3])
+    q, k, v = pad_tokens(call.q, call.block_q), pad_tokens(call.k, call.block_k), pad_tokens(call.v, call.block_k)
+    bias = key_bias(call.block_valid, q.shape[0], call.block_k, keys, k.shape[2])
+    table = call.indices, jnp.clip(call.counts, 0, call.indices.shape[3]).astype(jnp.int32)
+    options |= {"block_q": call.block_q, "block_k": call.block_k, "scale": call.scale, "interpret": call.interpret}
+    out, lse = attention(q, k, v, bias, table, tuning=tuning, **options)
     return out[:, :, :rows], lse[:, :, :rows]
+
+
+def padded_mass(mass: Kernel, call: MassCall, tuning: TritonTuning, tile_q: int, **options: Any) -> Any:
+    """Block mass by `mass(q, k, shift, weight, bias or None, *, tile_q, tile_k, block_q, scale, tuning, interpret)`.
+
+    A tile of `tile_q` rows holds whole blocks, or a block whole tiles. `mass` gives float32 [B * H, rows of blocks or
+    tiles, key tiles] and row sums [B, H, Nq]; its shift is in base 2.
+    """
+    rows, keys, tile_k = call.q.shape[2], call.k.shape[2], min(call.block_k, tuning.tile_k)
+    q, k = pad_tokens(call.q, max(call.block_q, tile_q)), pad_tokens(call.k, call.block_k)
+    bias = key_bias(call.block_valid, q.shape[0], call.block_k, keys, k.shape[2])
+    shift, weight = call.shift(q.shape[2]) * LOG2E, call.weight(q.shape[2])
+    options |= {"block_q": call.block_q, "scale": call.scale, "interpret": call.interpret}
+    found, row_sum = mass(q, k, shift, weight, bias, tile_q=tile_q, tile_k=tile_k, tuning=tuning, **options)
+    return call.of_blocks(found, max(1, call.block_q // tile_q)), row_sum[:, :, :rows]

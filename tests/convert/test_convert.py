@@ -14,8 +14,8 @@ from safetensors.numpy import load_file, save_file
 
 import models
 from convert.__main__ import main
-from models.commands.cli import run_cli
 from models.checkpoint.safetensors_folder import INDEX, SINGLE
+from models.commands.cli import run_cli
 
 DEMO = Path(models.__file__).parent / "demo" / "checkpoint"
 

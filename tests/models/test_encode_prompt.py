@@ -17,13 +17,9 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 
 from models import encode_prompt
-from models.pipeline.embeddings import read_embeddings, read_prompts
 from models.checkpoint.safetensors_folder import CheckpointError
+from models.pipeline.embeddings import read_embeddings, read_prompts
 from models.pipeline.video import Guidance, VideoPipeline
-from tests.models.transformers import test_cogvideox
-from tests.models.transformers import test_hunyuan_video
-from tests.models.transformers import test_wan
-from tests.models.transformers.ports import reference
 from tests.models.pipeline.test_video import (
     COGVIDEOX,
     CONFIG,
@@ -35,6 +31,8 @@ from tests.models.pipeline.test_video import (
     tensors,
     unipc,
 )
+from tests.models.transformers import test_cogvideox, test_hunyuan_video, test_wan
+from tests.models.transformers.ports import reference
 from tests.models.vae.test_vae import TINY
 from tests.relative_error import relative_error
 

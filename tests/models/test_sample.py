@@ -14,8 +14,8 @@ from PIL import Image
 
 from adaspa_jax import SparseConfig, draw_blocks
 from convert.writer import convert
-from models.commands import media
 from models import sample as command
+from models.commands import media
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim, to_pixels
 from models.pipeline.words import HunyuanVideoPipeline

@@ -14,10 +14,10 @@ from models import decode, sample
 from models.commands.cli import run_cli
 from models.pipeline.embeddings import write_tensors
 from models.pipeline.latents import read_latents
+from tests.models.pipeline.test_video import embeddings_of, save, unipc
+from tests.models.test_encode_prompt import vae
 from tests.models.transformers import test_wan
 from tests.models.transformers.ports import reference
-from tests.models.test_encode_prompt import vae
-from tests.models.pipeline.test_video import embeddings_of, save, unipc
 
 
 @pytest.fixture(scope="module")

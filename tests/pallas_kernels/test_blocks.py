@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import lookup, partial_first
-from pallas_kernels.mosaic_tpu import kernels as tpu
 from pallas_kernels.mosaic_tpu.attention import DROPPED, HEADER
+from pallas_kernels.mosaic_tpu.lists import tile_lists
 from pallas_kernels.tuning import TpuAttentionTuning
 
 seeds = st.integers(0, 2**32 - 1)
@@ -45,7 +45,7 @@ def test_lists_hold_every_tile_once_and_whole_ones_alone_in_turns(seed: int, til
     starts = 64 * rng.permutation(100)[:tiles].astype(np.int32)
     used, whole = rng.random(tiles) < 0.9, rng.random(tiles) < rng.choice([0.5, 0.95, 1.0])
     tuning = TpuAttentionTuning(group=2, unroll=4)
-    table = np.asarray(tpu._lists(*map(jnp.asarray, (starts, used, whole)), tuning, resident))
+    table = np.asarray(tile_lists(*map(jnp.asarray, (starts, used, whole)), tuning, resident))
     (first, pairs, turns), entries = table[:HEADER], table[HEADER:]
     length = pairs * 2 * tuning.group + turns * tuning.group * tuning.unroll
     taken, rest = entries[first : first + length], np.delete(entries, slice(first, first + length))

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention, resolve_implementation
-from pallas_kernels.dispatch import Request, choose
+from pallas_kernels.calls import Request
+from pallas_kernels.dispatch import choose
 from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands
 
 pytestmark = [

@@ -39,7 +39,7 @@ def run(*command: str) -> str:
 @pytest.fixture(scope="module", params=sorted(TARGETS))
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("compiled") / "rows.json"
-    run("-m", "benchmarks.gpu_compile", "--arch", request.param, "--json", str(file))
+    run("-m", "benchmarks.gpu.compiled", "--arch", request.param, "--json", str(file))
     return json.loads(file.read_text())
 
 

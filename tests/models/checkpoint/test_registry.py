@@ -14,9 +14,7 @@ import models
 from convert.writer import convert
 from models.checkpoint.registry import PORTS
 from models.checkpoint.safetensors_folder import SINGLE, CheckpointError
-from tests.models.transformers import test_cogvideox
-from tests.models.transformers import test_hunyuan_video
-from tests.models.transformers import test_wan
+from tests.models.transformers import test_cogvideox, test_hunyuan_video, test_wan
 from tests.models.transformers.ports import reference, rounded
 
 SOURCES = {

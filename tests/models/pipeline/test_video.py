@@ -13,9 +13,7 @@ from adaspa_jax import SparseConfig, StepKind
 from models.pipeline.embeddings import Embeddings
 from models.pipeline.families import VideoSize
 from models.pipeline.video import Guidance, LatentSample, VideoPipeline, split_steps
-from tests.models.transformers import test_cogvideox
-from tests.models.transformers import test_hunyuan_video
-from tests.models.transformers import test_wan
+from tests.models.transformers import test_cogvideox, test_hunyuan_video, test_wan
 from tests.models.transformers.ports import reference
 from tests.relative_error import relative_error
 

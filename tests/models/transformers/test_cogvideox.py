@@ -19,7 +19,14 @@ from models.transformers.cogvideox import (
     sinusoidal_positions,
 )
 from models.transformers.rope import rope_tables
-from tests.models.transformers.ports import call, check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
+from tests.models.transformers.ports import (
+    call,
+    check_adaspa,
+    check_checkpoint,
+    check_full_size_call,
+    check_parity,
+    jax_inputs,
+)
 from tests.relative_error import relative_error
 
 SMALL = {

@@ -8,7 +8,13 @@ from diffusers import HunyuanVideoTransformer3DModel
 from flax import nnx
 
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
-from tests.models.transformers.ports import check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
+from tests.models.transformers.ports import (
+    check_adaspa,
+    check_checkpoint,
+    check_full_size_call,
+    check_parity,
+    jax_inputs,
+)
 
 SMALL = {
     "in_channels": 4,

@@ -9,7 +9,13 @@ from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from models.transformers.wan import WanConfig, WanTransformer
-from tests.models.transformers.ports import check_adaspa, check_checkpoint, check_full_size_call, check_parity, jax_inputs
+from tests.models.transformers.ports import (
+    check_adaspa,
+    check_checkpoint,
+    check_full_size_call,
+    check_parity,
+    jax_inputs,
+)
 
 SMALL = {
     "num_attention_heads": 2,

@@ -15,12 +15,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
+from models.checkpoint.safetensors_folder import SINGLE, CheckpointError
 from models.vae import hunyuan as vae_hunyuan
 from models.vae import wan as vae_wan
-from models.checkpoint.safetensors_folder import SINGLE, CheckpointError
-from models.vae.load import WHOLE, Tiling, abstract_vae, load_vae, plan_vae
 from models.vae.base import space_windows, time_windows
 from models.vae.cogvideox_torch import decode_with_diffusers
+from models.vae.load import WHOLE, Tiling, abstract_vae, load_vae, plan_vae
 from tests.relative_error import relative_error
 
 WAN_SCALE = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 2.0, 1.0]}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+ROOT = Path(__file__).parents[3]
 RECORDED = json.loads((ROOT / "benchmarks/results/tpu-static.json").read_text())
 VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20}
 CHIPS = ("v5e", "v5p", "v6e")
@@ -35,7 +35,7 @@ def run(*command: str) -> str:
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("tpu") / "rows.json"
-    printed = run("-m", "benchmarks.tpu_static", "--cases", "all", "--json", str(file))
+    printed = run("-m", "benchmarks.tpu.static", "--cases", "all", "--json", str(file))
     assert "NOTHING RAN ON A TPU" in printed
     assert "every target is met" in printed, printed
     return json.loads(file.read_text())
@@ -123,7 +123,7 @@ print("compiled")
 
 def test_the_whole_sampler_compiles() -> None:
     """HunyuanVideo at 13B sizes, 50 steps of all kinds, one layer of each sort, for one chip; its memory is printed."""
-    printed = run("-m", "benchmarks.tpu_sampler", "--layers", "1", "1")
+    printed = run("-m", "benchmarks.tpu.sampler", "--layers", "1", "1")
     print(printed)
     assert "NOTHING RAN" in printed
     for chip in ("v5p", "v6e"):

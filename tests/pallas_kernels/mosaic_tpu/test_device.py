@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention, resolve_implementation
-from pallas_kernels.mosaic_tpu import kernels as tpu
+from pallas_kernels.mosaic_tpu import calls as tpu
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import GPU_CASES, Case, assert_attention, operands
 

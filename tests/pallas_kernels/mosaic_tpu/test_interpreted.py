@@ -11,8 +11,8 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the one place that counts races
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_attention, dispatch, flash_attention
-from pallas_kernels.mosaic_tpu import kernels as tpu
+from pallas_kernels import block_sparse_attention, dispatch, flash_attention, mosaic_tpu
+from pallas_kernels.calls import Request, SparseCall
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, assert_attention, operands
 
@@ -21,19 +21,9 @@ GATHERED = [case for case in CASES if case.name in NAMES]
 
 
 def run(case: Case, x: Any, tuning: TpuAttentionTuning, indices: Any = None, interpret: Any = True) -> Any:
-    return tpu.block_sparse_attention(
-        x.q,
-        x.k,
-        x.v,
-        x.indices if indices is None else indices,
-        x.counts,
-        block_q=case.block_q,
-        block_k=case.block_k,
-        block_valid=x.block_valid,
-        scale=case.head_dim**-0.5,
-        tuning=tuning,
-        interpret=interpret,
-    )
+    indices, blocks = x.indices if indices is None else indices, (case.block_q, case.block_k)
+    call = SparseCall(x.q, x.k, x.v, indices, x.counts, case.head_dim**-0.5, *blocks, x.block_valid, interpret)
+    return mosaic_tpu.block_sparse_attention(call, tuning)
 
 
 @pytest.mark.parametrize("case", GATHERED, ids=lambda c: c.name)
@@ -106,7 +96,7 @@ def test_what_it_cannot_serve_it_names(call: Any, message: str) -> None:
 def test_on_a_tpu_xla_takes_the_rest_and_says_so_once(monkeypatch, caplog) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     dispatch._say_once.cache_clear()
-    wide = dispatch.Request("block_mass", "bfloat16", 128, 64, 64)
+    wide = Request("block_mass", "bfloat16", 128, 64, 64)
     assert dispatch.choose(None, wide)[0] == "mosaic_tpu"
     with caplog.at_level(logging.WARNING):
         for _ in range(2):

@@ -1,0 +1,125 @@
+"""What an implementation is asked for: the operands and sizes of one call of each kernel, checked by `api`."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.blocks import block_count, expand_valid
+
+Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention"]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What an implementation needs to know of a call to say whether it can serve it."""
+
+    kernel: Kernel
+    dtype: Any
+    head_dim: int
+    block_q: int | None = None
+    block_k: int | None = None
+    interpret: bool = False
+
+
+@dataclass(frozen=True)
+class DenseCall:
+    """One call of `pallas_kernels.flash_attention`."""
+
+    q: Array
+    """[B, H, Nq, D]"""
+    k: Array
+    """[B, H, Nk, D]"""
+    v: Array
+    """[B, H, Nk, D]"""
+    scale: float
+    """Of the scores."""
+    block_k: int
+    """Keys of a block of `block_valid`; divides Nk."""
+    block_valid: Array | None = None
+    """integers [B, nk]: valid keys of each block, the first ones; None: all."""
+    interpret: bool = False
+
+    @property
+    def request(self) -> Request:
+        """What decides who can serve it."""
+        return Request("flash_attention", self.q.dtype, self.q.shape[3], interpret=self.interpret)
+
+
+@dataclass(frozen=True)
+class SparseCall:
+    """One call of `pallas_kernels.block_sparse_attention`."""
+
+    q: Array
+    """[B, H, Nq, D]"""
+    k: Array
+    """[B, H, Nk, D]"""
+    v: Array
+    """[B, H, Nk, D]"""
+    indices: Array
+    """integers [B, H, nq, kmax]: key blocks of each query block."""
+    counts: Array
+    """integers [B, H, nq]: how many of them are in use."""
+    scale: float
+    """Of the scores."""
+    block_q: int
+    block_k: int
+    block_valid: Array | None = None
+    """integers [B, nk]: valid keys of each block, the first ones; None: all."""
+    interpret: bool = False
+
+    @property
+    def request(self) -> Request:
+        """What decides who can serve it."""
+        dim, blocks = self.q.shape[3], (self.block_q, self.block_k)
+        return Request("block_sparse_attention", self.q.dtype, dim, *blocks, self.interpret)
+
+
+@dataclass(frozen=True)
+class MassCall:
+    """One call of `pallas_kernels.block_mass`."""
+
+    q: Array
+    """[B, H, Nq, D]"""
+    k: Array
+    """[B, H, Nk, D]"""
+    lse: Array
+    """float32 [B, H, Nq]: row normalisers, natural log."""
+    scale: float
+    """Of the scores."""
+    block_q: int
+    block_k: int
+    block_valid: Array | None = None
+    """integers [B, nk]: valid keys of each block, the first ones; None: all."""
+    query_valid: Array | None = None
+    """integers [B, nq]: valid rows of each block, the first ones; None: all."""
+    interpret: bool = False
+
+    @property
+    def request(self) -> Request:
+        """What decides who can serve it."""
+        return Request("block_mass", self.q.dtype, self.q.shape[3], self.block_q, self.block_k, self.interpret)
+
+    @property
+    def blocks(self) -> tuple[int, int]:
+        """(nq, nk)."""
+        return block_count(self.q.shape[2], self.block_q), block_count(self.k.shape[2], self.block_k)
+
+    def shift(self, rows: int) -> Array:
+        """float32 [B, H, rows]: the LSE, to subtract from scores; inf for a row without mass."""
+        # A row of LSE -inf has no valid key: exp(s - inf) = 0. Nor have the rows of the padding.
+        shift = jnp.where(jnp.isneginf(self.lse), jnp.inf, self.lse)
+        return jnp.pad(shift, ((0, 0), (0, 0), (0, rows - shift.shape[2])), constant_values=jnp.inf)
+
+    def weight(self, rows: int) -> Array:
+        """float32 [B, rows]: 1 for the rows that count in the mass of their block."""
+        length = self.q.shape[2]
+        weight = expand_valid(self.query_valid, self.q.shape[0], self.block_q, length).astype(jnp.float32)
+        return jnp.pad(weight, ((0, 0), (0, rows - length)))
+
+    def of_blocks(self, mass: Array, split: int) -> Array:
+        """float32 [B, H, nq, nk] of the mass of tiles [B * H, nq * split or more, nk * n]: those of a block add up."""
+        (batch, heads), (nq, nk) = self.q.shape[:2], self.blocks
+        tiles = mass.reshape(batch, heads, -1, split, nk, mass.shape[-1] // nk)
+        return tiles.sum((3, 5))[:, :, :nq]

@@ -1,0 +1,121 @@
+"""What the Hopper kernels share: what they are specialised on, their lists of key tiles, registers, shared memory.
+
+Every step reads one int32 of a list: `2 * tile + partial`. A partial tile adds a bias row to its scores, all other
+tiles skip that at the price of a branch. A tile past the last is clamped for the load and has nothing but masked keys.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.blocks import LOG2E, MASKED, expand_valid
+
+ROWS = 64
+"""Of a warpgroup: the M of wgmma."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a kernel is specialised on."""
+
+    heads: int
+    """Of one batch row; programs are numbered over batch and heads."""
+    head_dim: int
+    dtype: Any
+    rows: int
+    """Of a program: 128 (two consumer warpgroups) or 64."""
+    tile: int
+    """Keys of a step."""
+    tiles: int
+    """Key tiles of a head."""
+    stages: int
+    scale: float
+    """Of the scores, in base 2."""
+    masked: bool
+    """Whether any tile may be partial."""
+    split: int = 1
+    """Programs that share one list."""
+    sparse: bool = False
+    """Lists are of a query block, counts vary; else one list a batch row serves all, and every tile is on it."""
+
+    @classmethod
+    def of(cls, q: Array, tile: int, tiles: int, scale: float, **options: Any) -> "Shape":
+        """For padded q [B, H, N, D], key tiles and the natural scale of the scores; `options` are the other fields."""
+        return cls(q.shape[1], q.shape[3], q.dtype, tile=tile, tiles=tiles, scale=scale * LOG2E, **options)
+
+
+def row_vector(gpu: Any, value: float) -> Array:
+    """float32 [64] full of `value`, one number a row of a warpgroup."""
+    return gpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def over_columns(x: Array, columns: int) -> Array:
+    """[64, columns] of one number a row."""
+    return lax.broadcast_in_dim(x, (ROWS, columns), [0])
+
+
+class TileList:
+    """The key tiles of one program, read from device memory an entry ahead of their use."""
+
+    def __init__(self, gpu: Any, shape: Shape, entries: Any, counts: Any, head: Array, row: Array):
+        self.gpu, self.shape, self.entries = gpu, shape, entries
+        self.batch = lax.div(head, jnp.int32(shape.heads))
+        self.key = (head, lax.div(row, jnp.int32(shape.split))) if shape.sparse else (self.batch,)
+        self.length = counts[self.key] if shape.sparse else shape.tiles
+
+    def __getitem__(self, j: Array) -> Array:
+        if not self.shape.sparse and not self.shape.masked:
+            return 2 * j
+        last = self.entries.shape[-1] - 1
+        return self.entries[(*self.key, jnp.minimum(j, last))]
+
+    def start(self, entry: Array) -> Array:
+        """First key to load."""
+        return jnp.minimum(lax.shift_right_logical(entry, 1), self.shape.tiles - 1) * self.shape.tile
+
+    def mask(self, s: Array, entry: Array, bias: Any) -> Array:
+        """Adds the bias row if the tile is partial."""
+        if bias is None:
+            return s
+
+        def partial(s: Array) -> Array:
+            keys = pl.ds(lax.shift_right_logical(entry, 1) * self.shape.tile, self.shape.tile)
+            row = self.gpu.load(bias.at[self.batch, keys], layout=plgpu.Layout.WGMMA.reduce(0))
+            return s + lax.broadcast_in_dim(row, s.shape, [1])
+
+        return lax.cond((entry & 1) == 1, partial, lambda s: s, s)
+
+
+def slot_of(step: Array, stages: int) -> Array:
+    """Which of the `stages` buffers a step uses."""
+    return lax.rem(step, jnp.int32(stages))
+
+
+def tile_memory(shape: Shape, leading: tuple[int, ...], rows: int) -> Any:
+    """Shared memory for [*leading, rows, D] in the layout of TMA and wgmma."""
+    columns = 128 // jnp.dtype(shape.dtype).itemsize
+    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM((*leading, rows, shape.head_dim), shape.dtype, transforms=transforms)
+
+
+def tile_bias(
+    block_valid: Array | None, batch: int, block: int, keys: int, padded: int, tile: int
+) -> tuple[Array, Array]:
+    """(bias float32 [B, keys of tiles + 1], partial bool [B, tiles + 1]); a tile past the last masks all."""
+    valid = expand_valid(block_valid, batch, block, keys)
+    valid = jnp.pad(valid, ((0, 0), (0, padded - keys + tile)))
+    return jnp.where(valid, 0.0, MASKED), ~valid.reshape(batch, -1, tile).all(-1)
+
+
+def every_tile(
+    block_valid: Array | None, batch: int, block: int, keys: int, padded: int, tile: int
+) -> tuple[dict[str, Array], Array | None]:
+    """The list of all key tiles, one for each batch row, and the bias; neither if every key is valid."""
+    if block_valid is None and keys == padded:
+        return {}, None
+    bias, partial = tile_bias(block_valid, batch, block, keys, padded, tile)
+    return {"entries": 2 * jnp.arange(partial.shape[1], dtype=jnp.int32) + partial}, bias

@@ -1,0 +1,65 @@
+"""Attention on a TPU, dense and over lists of key blocks: what memory K and V go to, their lists, the kernel."""
+
+from typing import Any
+
+import jax.numpy as jnp
+from jax import Array
+
+from pallas_kernels.blocks import block_count, lookup, merge_heads, pad_tokens, partial_first
+from pallas_kernels.calls import DenseCall, SparseCall
+from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
+from pallas_kernels.mosaic_tpu.chip import chip
+from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
+from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
+
+GATHERED_ROWS = 512
+"""Of a dense query block where K and V come from HBM: fewer would wait for them."""
+
+
+def _resident(k: Array, rows: int, tile: int, tuning: TpuAttentionTuning) -> bool:
+    """Whether K and V of a head, [B, H, N, D] padded to tiles, stay in VMEM: where they fit the chip."""
+    if tuning.resident is not None:
+        return tuning.resident
+    return resident_bytes(k.shape[2], rows, k.shape[3], k.dtype.itemsize, tile, tuning) <= chip().vmem_bytes
+
+
+def _attention(
+    q: Array, k: Array, v: Array, tiles: tuple[Array, Array, Array], bias: Array, resident: bool, **options: Any
+) -> tuple[Array, Array]:
+    """Runs the kernel on [B, H, N, D] arrays, K and V padded to tiles.
+
+    `tiles`, each [B, H or 1, Nq / rows or 1, tiles]: first keys, whether a list has the tile, whether it is whole.
+    """
+    table = tile_lists(*tiles, options["tuning"], resident)
+    options |= {"heads": q.shape[1], "resident": resident, "vmem_bytes": chip().vmem_bytes}
+    out, lse = attention(merge_heads(q), merge_heads(k), merge_heads(v), merge_heads(table), bias, **options)
+    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
+    """Dense attention; see `pallas_kernels.flash_attention`."""
+    q, batch, keys, tile = call.q, call.q.shape[0], call.k.shape[2], 128
+    tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype, chip().generation)
+    k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    resident = _resident(k, tile, tile, tuning)
+    bias, whole = tile_bias(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
+    tiles = k.shape[2] // tile
+    indices = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), (batch, tiles))
+    order = partial_first(indices, jnp.full(batch, tiles, jnp.int32), ~whole)[:, None, None]
+    lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
+    options = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
+    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+
+
+def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
+    """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
+    q, batch, keys, kmax, tile = call.q, call.q.shape[0], call.k.shape[2], call.indices.shape[3], call.block_k
+    tuning = tuning or tpu_attention_tuning(tile, kmax, q.dtype, chip().generation)
+    k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    bias, whole = tile_bias(call.block_valid, batch, tile, keys, k.shape[2], tile)
+    indices, counts = call.indices.astype(jnp.int32), call.counts.astype(jnp.int32)
+    used = (indices >= 0) & (indices < k.shape[2] // tile) & (jnp.arange(kmax, dtype=jnp.int32) < counts[..., None])
+    lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
+    resident = _resident(k, call.block_q, tile, tuning)
+    options = {"rows": call.block_q, "tile": tile, "scale": call.scale}
+    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
