@@ -13,10 +13,9 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-import models
 from adaspa_jax import Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
 from models import schedulers
-from models.checkpoint.loading import expert_folders
+from models.checkpoint.loading import expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
 from models.pipeline.families import Family, VideoSize, family_of
@@ -165,7 +164,7 @@ class VideoPipeline:
         """
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-        experts = tuple(models.from_pretrained(folder, dtype, progress=progress) for folder in expert_folders(path))
+        experts = tuple(from_pretrained(folder, dtype, progress=progress) for folder in expert_folders(path))
         ratio = index.get("boundary_ratio")
         if ratio is None and len(experts) == 2:  # in Wan's own format nothing says it
             ratio = 0.9 if experts[0].config.in_channels > experts[0].config.out_channels else 0.875

@@ -8,8 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-import models
 from adaspa_jax import Report, SparseConfig, TokenLayout
+from models.checkpoint.loading import from_pretrained
 from models.demo.words import WordEncoder
 from models.pipeline.families import PixelSize, pixel_family
 from models.pipeline.video import Progress, VideoPipeline
@@ -53,7 +53,7 @@ class HunyuanVideoPipeline:
         Raises ValueError for a checkpoint that cannot be read, and for one whose text encoder does not run here.
         """
         path = Path(path)
-        transformer = models.from_pretrained(path, dtype=dtype)
+        transformer = from_pretrained(path, dtype=dtype)
         parts = {}
         for name in ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
             if not (path / name).is_file():

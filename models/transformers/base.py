@@ -84,15 +84,8 @@ class TransformerConfig:
 class VideoTransformer(nnx.Module):
     """The interface of every port: a denoiser that AdaSpa runs in.
 
-    A call takes the keyword names and array layouts of diffusers' class, and four keywords more:
-
-      config: how AdaSpa runs; None: dense, in raster order.
-      state: from `init_state`; None: dense.
-      step_kind: StepKind or traced int32 scalar; needs a state unless dense.
-      implementation: which kernels run, see `pallas_kernels`.
-
-    It returns the sample, shaped like the latents; with a state, (sample, new state). It raises ValueError for shapes
-    that do not fit the model or each other. So a pipeline that scans over steps needs to know of a model only which
+    A call takes the keyword names and array layouts of diffusers' class, which `denoise` documents, and four more that
+    say how AdaSpa runs, see `__call__`. So a pipeline that scans over steps needs to know of a model only which
     keywords to feed it.
     """
 
@@ -128,8 +121,38 @@ class VideoTransformer(nnx.Module):
         create = lambda layers: SparseState.create(layout, config, batch, heads, layers, keep_mass)
         return tuple(create(layers) for layers in self.stack_sizes())
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """See the class."""
+    def __call__(
+        self,
+        *args: Array,
+        config: SparseConfig | None = None,
+        state: tuple[SparseState, ...] | None = None,
+        step_kind: StepKind | int | Array = StepKind.DENSE,
+        implementation: Implementation | None = None,
+        **inputs: Any,
+    ) -> Any:
+        """Predicts what the scheduler steps along.
+
+        Args:
+          args: as `denoise` takes them.
+          config: how AdaSpa runs; None: dense, in raster order.
+          state: from `init_state`; None: dense.
+          step_kind: StepKind or traced int32 scalar; needs a state unless dense.
+          implementation: which kernels run, see `pallas_kernels`.
+          inputs: as `denoise` takes them.
+
+        Returns:
+          The sample, shaped like the latents; with a state, (sample, new state).
+
+        Raises:
+          ValueError: shapes that do not fit the model or each other.
+        """
+        sparse = config or DENSE
+        how = Pass(sparse, self._stacks(sparse, step_kind, state), implementation)
+        sample, states = self.denoise(how, *args, **inputs)
+        return sample if state is None else (sample, states)
+
+    def denoise(self, how: "Pass", *args: Any, **inputs: Any) -> tuple[Array, tuple[SparseState | None, ...]]:
+        """(sample, the new state of each stack); the inputs are diffusers'."""
         raise NotImplementedError
 
     def _stacks(self, config: SparseConfig, step_kind: Any, state: Any) -> list[tuple[SparseState | None, Array]]:
@@ -141,6 +164,16 @@ class VideoTransformer(nnx.Module):
             raise ValueError(f"state must hold {len(sizes)} SparseStates, from init_state; got {len(state)}")
         kinds = jnp.split(config.layer_kinds(step_kind, sum(sizes)), np.cumsum(sizes)[:-1])
         return list(zip([None] * len(sizes) if state is None else state, kinds, strict=True))
+
+
+@dataclass(frozen=True)
+class Pass:
+    """How AdaSpa runs in one forward pass."""
+
+    config: SparseConfig
+    layers: list[tuple[SparseState | None, Array]]
+    """Of each stack of blocks the state, if any, and int32 [layers] step kinds."""
+    implementation: Implementation | None
 
 
 @dataclass(frozen=True)
@@ -157,16 +190,15 @@ class AttentionCall:
     @classmethod
     def create(
         cls,
+        how: Pass,
         layout: TokenLayout,
-        config: SparseConfig,
         rope: tuple[Array, Array] | None,
         batch: int,
-        implementation: Implementation | None,
         text_valid: Array | None = None,
     ) -> Self:
         """`rope` [video_tokens, D / 2] in raster order; `text_valid` [B]: real text tokens, None: all are."""
         packed = None if rope is None else (layout.pack_video(rope[0][None]), layout.pack_video(rope[1][None]))
-        return cls(layout, config, layout.block_valid(text_valid, batch), packed, implementation)
+        return cls(layout, how.config, layout.block_valid(text_valid, batch), packed, how.implementation)
 
     def rotate(self, x: Array) -> Array:
         """RoPE on the video part of [B, L or video_length, H, D]."""

@@ -13,11 +13,11 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from adaspa_jax import SparseConfig, SparseState, StepKind
+from adaspa_jax import SparseState
 from models.transformers.base import (
-    DENSE,
     AttentionCall,
     Grid,
+    Pass,
     TransformerConfig,
     VideoTransformer,
     check_shape,
@@ -38,7 +38,6 @@ from models.transformers.layers import (
     timestep_embedding,
 )
 from models.transformers.rope import rope_tables
-from pallas_kernels import Implementation
 
 ROPE_THETA = 10000.0
 QK_EPS = 1e-6
@@ -283,35 +282,28 @@ class CogVideoXTransformer(VideoTransformer):
         """All layers are of one kind."""
         return (self.config.num_layers,)
 
-    def __call__(
+    def denoise(
         self,
+        how: Pass,
         hidden_states: Array,
         encoder_hidden_states: Array,
         timestep: Array,
         ofs: Array | None = None,
         image_rotary_emb: tuple[Array, Array] | None = None,
-        *,
-        config: SparseConfig | None = None,
-        state: tuple[SparseState, ...] | None = None,
-        step_kind: StepKind | int | Array = StepKind.DENSE,
-        implementation: Implementation | None = None,
-    ) -> Any:
-        """Predicts the velocity; keywords and return as `VideoTransformer` says.
+    ) -> tuple[Array, tuple[SparseState | None, ...]]:
+        """Predicts the velocity, see `VideoTransformer`.
 
         Args:
+          how: how AdaSpa runs.
           hidden_states: latents [B, F, C, H, W]; for image to video with those of the image as further channels.
           encoder_hidden_states: text embeddings [B, T, text_embed_dim]; padding is attended to.
           timestep: [B], integers.
           ofs: [B] or [1] if the model has `ofs_embed_dim` (diffusers' pipeline passes 2.0), else None.
           image_rotary_emb: (cos, sin), each [f * h * w, attention_head_dim] with every value twice, as diffusers
             passes them; None: those of `rope_positions`.
-          config: how AdaSpa runs.
-          state: its state.
-          step_kind: what this step does.
-          implementation: which kernels run.
 
         Returns:
-          The sample [B, F, out_channels, H, W]; with a state, (sample, new state).
+          (sample [B, F, out_channels, H, W], the new states).
 
         Raises:
           ValueError: shapes that do not fit the model or each other.
@@ -320,12 +312,11 @@ class CogVideoXTransformer(VideoTransformer):
         check_shape("hidden_states", hidden_states, ("B", "F", c.in_channels, "H", "W"))
         check_shape("encoder_hidden_states", encoder_hidden_states, (batch, "T", c.text_embed_dim))
         check_shape("timestep", timestep, (batch,))
-        sparse = config or DENSE
-        (layers,) = self._stacks(sparse, step_kind, state)
+        (layers,) = how.layers
         frames, _, height, width = hidden_states.shape[1:]
-        layout = self.layout((frames, height, width), encoder_hidden_states.shape[1], sparse)
+        layout = self.layout((frames, height, width), encoder_hidden_states.shape[1], how.config)
         rope = self._rope(image_rotary_emb, layout.grid)
-        call = AttentionCall.create(layout, sparse, rope, batch, implementation)
+        call = AttentionCall.create(how, layout, rope, batch)
 
         with jax.named_scope("embed"):
             temb = self._time(timestep, ofs, hidden_states.dtype)  # [B, time_embed_dim]
@@ -339,7 +330,7 @@ class CogVideoXTransformer(VideoTransformer):
             video = self.norm_out(self.norm_final(x[:, : layout.video_length]), temb)  # [B, Nv, width]
             tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
             sample = unpatchify(tokens, layout.grid, c.patch).swapaxes(1, 2)
-        return sample if state is None else (sample, (new_state,))
+        return sample, (new_state,)
 
     def _time(self, timestep: Array, ofs: Array | None, dtype: Any) -> Array:
         """[B, time_embed_dim] of timestep [B] and, for a model that takes it, ofs."""

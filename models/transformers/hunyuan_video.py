@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout
+from adaspa_jax import SparseState, TokenLayout
 from models.transformers.base import (
-    DENSE,
     AttentionCall,
     Grid,
+    Pass,
     TransformerConfig,
     VideoTransformer,
     check_shape,
@@ -40,7 +40,6 @@ from models.transformers.layers import (
     timestep_embedding,
 )
 from models.transformers.rope import rope_tables
-from pallas_kernels import Implementation
 
 TIME_CHANNELS = 256
 """Sinusoids of a timestep."""
@@ -326,23 +325,20 @@ class HunyuanVideoTransformer(VideoTransformer):
         """Dual-stream layers, single-stream layers."""
         return self.config.num_layers, self.config.num_single_layers
 
-    def __call__(
+    def denoise(
         self,
+        how: Pass,
         hidden_states: Array,
         timestep: Array,
         encoder_hidden_states: Array,
         encoder_attention_mask: Array,
         pooled_projections: Array,
         guidance: Array | None = None,
-        *,
-        config: SparseConfig | None = None,
-        state: tuple[SparseState, ...] | None = None,
-        step_kind: StepKind | int | Array = StepKind.DENSE,
-        implementation: Implementation | None = None,
-    ) -> Any:
-        """Predicts the velocity; keywords and return as `VideoTransformer` says.
+    ) -> tuple[Array, tuple[SparseState | None, ...]]:
+        """Predicts the velocity, see `VideoTransformer`.
 
         Args:
+          how: how AdaSpa runs.
           hidden_states: latents [B, C, F, H, W].
           timestep: [B], 1000 * sigma.
           encoder_hidden_states: text embeddings [B, T, text_embed_dim].
@@ -350,13 +346,9 @@ class HunyuanVideoTransformer(VideoTransformer):
           pooled_projections: [B, pooled_projection_dim].
           guidance: [B], 1000 * scale, if the model embeds guidance, else None. diffusers' pipeline multiplies in the
             model's dtype: 6016 for a scale of 6 in bfloat16.
-          config: how AdaSpa runs.
-          state: its state.
-          step_kind: what this step does.
-          implementation: which kernels run.
 
         Returns:
-          The sample [B, out_channels, F, H, W]; with a state, (sample, new state).
+          (sample [B, out_channels, F, H, W], the new states).
 
         Raises:
           ValueError: shapes that do not fit the model or each other.
@@ -365,13 +357,12 @@ class HunyuanVideoTransformer(VideoTransformer):
             hidden_states, encoder_hidden_states, encoder_attention_mask, pooled_projections, timestep, guidance
         )
         batch, text_length = encoder_attention_mask.shape
-        sparse = config or DENSE
-        dual_layers, single_layers = self._stacks(sparse, step_kind, state)
+        dual_layers, single_layers = how.layers
         frames, height, width = hidden_states.shape[2:]
-        layout = self.layout((frames, height, width), text_length, sparse)
+        layout = self.layout((frames, height, width), text_length, how.config)
         rope = rope_tables(layout.grid, self.config.rope_axes_dim, self.config.rope_theta)
         text_valid = encoder_attention_mask.sum(1, dtype=jnp.int32)
-        call = AttentionCall.create(layout, sparse, rope, batch, implementation, text_valid)
+        call = AttentionCall.create(how, layout, rope, batch, text_valid)
 
         with jax.named_scope("embed"):
             conditioning = self._conditioning(timestep, pooled_projections, guidance, layout)
@@ -390,7 +381,7 @@ class HunyuanVideoTransformer(VideoTransformer):
             video = modulate(layer_norm(x[:, : layout.video_length]), shift, scale)  # [B, Nv, width]
             tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
             sample = unpatchify(tokens, layout.grid, self.config.patch)
-        return sample if state is None else (sample, (dual_state, single_state))
+        return sample, (dual_state, single_state)
 
     def _conditioning(
         self, timestep: Array, pooled: Array, guidance: Array | None, layout: TokenLayout

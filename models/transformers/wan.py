@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import Array
 
-from adaspa_jax import SparseConfig, SparseState, StepKind
+from adaspa_jax import SparseState
 from models.transformers.base import (
-    DENSE,
     AttentionCall,
     Grid,
+    Pass,
     TransformerConfig,
     VideoTransformer,
     check_shape,
@@ -241,34 +241,27 @@ class WanTransformer(VideoTransformer):
         """All layers are of one kind."""
         return (self.config.num_layers,)
 
-    def __call__(
+    def denoise(
         self,
+        how: Pass,
         hidden_states: Array,
         timestep: Array,
         encoder_hidden_states: Array,
         encoder_hidden_states_image: Array | None = None,
-        *,
-        config: SparseConfig | None = None,
-        state: tuple[SparseState, ...] | None = None,
-        step_kind: StepKind | int | Array = StepKind.DENSE,
-        implementation: Implementation | None = None,
-    ) -> Any:
-        """Predicts the velocity; keywords and return as `VideoTransformer` says.
+    ) -> tuple[Array, tuple[SparseState | None, ...]]:
+        """Predicts the velocity, see `VideoTransformer`.
 
         Args:
+          how: how AdaSpa runs.
           hidden_states: latents [B, C, F, H, W]; for image to video with the mask and the image as further channels.
           timestep: [B], 1000 * sigma; or [B, f * h * w], one for each token in raster order (Wan 2.2 TI2V, where the
             tokens of a given first frame are at 0).
           encoder_hidden_states: text embeddings [B, T, text_dim]; padding is attended to.
           encoder_hidden_states_image: image embeddings [B, S, image_dim] if the model takes them; for first and last
             frame [2 * B, S, image_dim].
-          config: how AdaSpa runs.
-          state: its state.
-          step_kind: what this step does.
-          implementation: which kernels run, in cross-attention too.
 
         Returns:
-          The sample [B, out_channels, F, H, W]; with a state, (sample, new state).
+          (sample [B, out_channels, F, H, W], the new states).
 
         Raises:
           ValueError: shapes that do not fit the model or each other.
@@ -276,13 +269,12 @@ class WanTransformer(VideoTransformer):
         c, batch = self.config, hidden_states.shape[0]
         check_shape("hidden_states", hidden_states, ("B", c.in_channels, "F", "H", "W"))
         check_shape("encoder_hidden_states", encoder_hidden_states, (batch, "T", c.text_dim))
-        sparse = config or DENSE
-        (layers,) = self._stacks(sparse, step_kind, state)
+        (layers,) = how.layers
         frames, height, width = hidden_states.shape[2:]
-        layout = self.layout((frames, height, width), 0, sparse)
+        layout = self.layout((frames, height, width), 0, how.config)
         check_shape("timestep", timestep, (batch,) if timestep.ndim == 1 else (batch, layout.video_tokens))
         rope = rope_tables(layout.grid, c.rope_axes_dim, ROPE_THETA)
-        call = AttentionCall.create(layout, sparse, rope, batch, implementation)
+        call = AttentionCall.create(how, layout, rope, batch)
 
         with jax.named_scope("embed"):
             steps = timestep[:, None] if timestep.ndim == 1 else layout.pack_video(timestep)
@@ -298,7 +290,7 @@ class WanTransformer(VideoTransformer):
             x = modulate(layer_norm(x.astype(jnp.float32), eps=c.eps), shift, scale).astype(x.dtype)
             tokens = layout.unpack_video(self.proj_out(x))  # [B, f * h * w, pt * ph * pw * C]
             sample = unpatchify(tokens, layout.grid, c.patch, channels_last=True)
-        return sample if state is None else (sample, (new_state,))
+        return sample, (new_state,)
 
     def _image(self, image: Array | None, batch: int) -> Array | None:
         """[B, S, width] of encoder_hidden_states_image, for a model that takes it."""
