@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 from adaspa_jax.config import SparseConfig
@@ -83,7 +84,7 @@ class _Call(NamedTuple):
     def mean_over_rows(self, x: Array) -> Array:
         """[B, H] mean of x [B, H, video_length] over the valid video rows."""
         layout = self.layout
-        rows = jnp.asarray((jnp.arange(layout.block) < layout.video_valid[:, None]).reshape(-1))
+        rows = (np.arange(layout.block) < layout.video_valid[:, None]).reshape(1, 1, -1)
         return jnp.where(rows, x, 0.0).sum(-1) / layout.video_tokens
 
 

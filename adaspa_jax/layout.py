@@ -154,9 +154,9 @@ class TokenLayout:
         """
         if text_valid is not None and text_valid.shape != (batch,):
             raise ValueError(f"text_valid must be [B] = [{batch}]; got {list(text_valid.shape)}")
-        count = jnp.full(batch, self.text) if text_valid is None else jnp.clip(text_valid, 0, self.text)
-        starts = self.block * jnp.arange(self.text_blocks)
-        text = jnp.clip(count[:, None] - starts, 0, self.block).astype(jnp.int32)
+        count = jnp.full(batch, self.text, jnp.int32) if text_valid is None else text_valid.astype(jnp.int32)
+        starts = self.block * np.arange(self.text_blocks, dtype=np.int32)[None]
+        text = jnp.clip(jnp.clip(count, 0, self.text)[:, None] - starts, 0, self.block)
         return jnp.concatenate([jnp.broadcast_to(self.video_valid, (batch, self.video_blocks)), text], axis=1)
 
     def _check(self, name: str, x: Array, length: int) -> None:

@@ -27,7 +27,7 @@ def head_tiers(recall: Array, budget: Budget, threshold: float) -> Array:
     Ties in recall go to the lower head.
     """
     heads = recall.shape[-1]
-    easy = jnp.minimum((recall > threshold).sum(-1, keepdims=True), heads // 2)
+    easy = jnp.minimum((recall > threshold).sum(-1, keepdims=True, dtype=jnp.int32), heads // 2)
     rank = jnp.argsort(jnp.argsort(-recall, axis=-1, stable=True), axis=-1)
     tier = jnp.where(rank < easy, budget.low, jnp.where(rank >= heads - easy, budget.high, budget.base))
     return tier.astype(jnp.int32)
@@ -35,13 +35,13 @@ def head_tiers(recall: Array, budget: Budget, threshold: float) -> Array:
 
 def _prefer_sinks(mass: Array, layout: TokenLayout) -> Array:
     """Mass with the text key blocks, the last ones, above all others."""
-    is_text = jnp.arange(layout.num_blocks) >= layout.video_blocks
-    return jnp.where(is_text, jnp.inf, mass)
+    is_text = np.arange(layout.num_blocks) >= layout.video_blocks
+    return jnp.where(is_text.reshape(*[1] * (mass.ndim - 1), -1), jnp.inf, mass)
 
 
 def _captured(mass: Array, heaviest: Array, counts: Array, layout: TokenLayout) -> Array:
     """[B, H] share of `mass` in its sinks and in the first `counts` [B, H, nq] of `heaviest`, where sinks are inf."""
-    kept = (jnp.arange(heaviest.shape[-1]) < counts[..., None]) & jnp.isfinite(heaviest)
+    kept = (np.arange(heaviest.shape[-1])[None, None, None] < counts[..., None]) & jnp.isfinite(heaviest)
     sinks = mass[..., layout.video_blocks :].sum((-2, -1))
     held = jnp.where(kept, heaviest, 0.0).sum((-2, -1)) + sinks
     total = mass.sum((-2, -1))
@@ -80,7 +80,8 @@ def _spend_globally(ranked: Array, mean: Array) -> Array:
     Every row keeps its sinks and its heaviest block.
     """
     *_, rows, cols = ranked.shape
-    top = jnp.arange(cols) == jnp.argmax(jnp.where(jnp.isinf(ranked), -1.0, ranked), axis=-1)[..., None]
+    heaviest = jnp.argmax(jnp.where(jnp.isinf(ranked), -1.0, ranked), axis=-1)
+    top = np.arange(cols)[None, None, None] == heaviest[..., None]
     flat = jnp.where(top, jnp.inf, ranked).reshape(*ranked.shape[:-2], rows * cols)
     rank = jnp.argsort(jnp.argsort(-flat, axis=-1, stable=True), axis=-1)
     chosen = rank < (rows * mean)[..., None]

@@ -18,6 +18,11 @@ def block_count(length: Any, block: int) -> Any:
     return -(-length // block)
 
 
+def numbers(count: int, ndim: int = 1) -> Array:
+    """int32 0, 1, ... `count` - 1 along the last of `ndim` axes: to compare with arrays of as many axes."""
+    return jnp.arange(count, dtype=jnp.int32).reshape(*[1] * (ndim - 1), count)
+
+
 def expand_blocks(x: Array, block: int, length: int, axis: int) -> Array:
     """Repeats each entry of a per-block axis `block` times, cut to `length` tokens."""
     return jnp.repeat(x, block, axis=axis)[(slice(None),) * axis + (slice(0, length),)]
@@ -25,16 +30,16 @@ def expand_blocks(x: Array, block: int, length: int, axis: int) -> Array:
 
 def valid_counts(block_valid: Array | None, batch: int, block: int, length: int) -> Array:
     """int32 [B, blocks]: valid tokens per block, never past the end of the sequence."""
-    inside = jnp.clip(length - block * jnp.arange(block_count(length, block)), 0, block).astype(jnp.int32)
+    inside = jnp.clip(length - block * numbers(block_count(length, block), 2), 0, block)
     if block_valid is None:
-        return jnp.broadcast_to(inside, (batch, len(inside)))
+        return jnp.broadcast_to(inside, (batch, inside.shape[1]))
     return jnp.clip(block_valid.astype(jnp.int32), 0, inside)
 
 
 def expand_valid(block_valid: Array | None, batch: int, block: int, length: int) -> Array:
     """bool [B, length]: which tokens are valid. In each block the valid ones come first."""
     counts = valid_counts(block_valid, batch, block, length)
-    inside = jnp.arange(block) < counts[..., None]
+    inside = numbers(block, 3) < counts[..., None]
     return inside.reshape(batch, -1)[:, :length]
 
 
@@ -63,11 +68,13 @@ def lookup(flags: Array, indices: Array) -> Array:
     By packed words and comparisons: a TPU gathers single bits one after another.
     """
     words = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),))
-    words = words.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32) << jnp.arange(32, dtype=jnp.uint32)
+    words = words.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
+    words = words << numbers(32, words.ndim).astype(jnp.uint32)
     words = words.sum(-1, dtype=jnp.uint32)
     indices = indices.astype(jnp.uint32)
-    here = (indices >> 5)[..., None] == jnp.arange(words.shape[-1], dtype=jnp.uint32)
-    word = jnp.where(here, words[..., None, :], 0).sum(-1, dtype=jnp.uint32)
+    here = (indices >> 5)[..., None] == numbers(words.shape[-1], indices.ndim + 1).astype(jnp.uint32)
+    words = words.reshape(*[1] * (indices.ndim - words.ndim), *words.shape[:-1], 1, words.shape[-1])
+    word = jnp.where(here, words, 0).sum(-1, dtype=jnp.uint32)
     return (word >> (indices & 31)) & 1 != 0
 
 
@@ -84,11 +91,11 @@ def partial_first(indices: Array, counts: Array, partial: Array) -> Array:
     Returns:
       [..., K] in the dtype of `indices`; entries that are not in use stay where they are.
     """
-    place = jnp.arange(indices.shape[-1], dtype=jnp.int32)
+    place = numbers(indices.shape[-1], indices.ndim)
     used = place < counts[..., None]
     first, second = used & partial, used & ~partial
     number = lambda x: jnp.cumsum(x, axis=-1, dtype=jnp.int32) - 1
     target = jnp.where(first, number(first), first.sum(-1, keepdims=True, dtype=jnp.int32) + number(second))
     target = jnp.where(used, target, place)
-    here = target[..., None, :] == place[:, None]  # [..., place, entry]
+    here = target[..., None, :] == place[..., None]  # [..., place, entry]
     return jnp.where(here, indices[..., None, :], 0).sum(-1, dtype=indices.dtype)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
+from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers
 from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
 
 
@@ -59,9 +59,9 @@ def block_sparse_attention(call: SparseCall) -> tuple[Array, Array]:
     q, k = call.q, call.k
     batch, rows, cols = q.shape[0], q.shape[2], k.shape[2]
     nk, kmax = block_count(cols, call.block_k), call.indices.shape[-1]
-    used = jnp.arange(kmax, dtype=jnp.int32) < call.counts[..., None]
+    used = numbers(kmax, 4) < call.counts[..., None]
     # [B, H, nq, kmax, nk] one-hot of the used entries; indices outside [0, nk) match nothing.
-    hit = (call.indices.astype(jnp.int32)[..., None] == jnp.arange(nk, dtype=jnp.int32)) & used[..., None]
+    hit = (call.indices.astype(jnp.int32)[..., None] == numbers(nk, 5)) & used[..., None]
     keep = expand_blocks(expand_blocks(hit.any(-2), call.block_k, cols, axis=3), call.block_q, rows, axis=2)
     columns = expand_valid(call.block_valid, batch, call.block_k, cols)
     return masked_attention(scores(q, k, call.scale), keep & columns[:, None, None], call.v, q.dtype)

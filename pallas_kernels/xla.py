@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import varying
-from pallas_kernels.blocks import FLOOR, MASKED, block_count, key_bias, merge_heads, pad_tokens, valid_counts
+from pallas_kernels.blocks import FLOOR, MASKED, block_count, key_bias, merge_heads, numbers, pad_tokens, valid_counts
 from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
 from pallas_kernels.tuning import XLA, XlaTuning
 
@@ -47,16 +47,16 @@ def _softmax_step(running: _Running, q: Array, k: Array, v: Array, bias: Array |
     if bias is not None:
         s = s + bias[:, None]
     m_new = jnp.maximum(m, s.max(0))
-    p = jnp.exp(s - m_new)
+    p = jnp.exp(s - m_new[None])
     shrink = jnp.exp(m - m_new)
-    return m_new, total * shrink + p.sum(0), acc * shrink + _contract(v, p, (0, 0))
+    return m_new, total * shrink + p.sum(0), acc * shrink[None] + _contract(v, p, (0, 0))
 
 
 def _softmax_end(running: _Running, dtype: Any) -> tuple[Array, Array]:
     """(out [R, D], lse [R]); rows that saw no key give 0 and -inf."""
     m, total, acc = running
     safe = jnp.where(total > 0, total, 1.0)
-    return (acc / safe).T.astype(dtype), jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
+    return (acc / safe[None]).T.astype(dtype), jnp.where(total > 0, m + jnp.log(safe), -jnp.inf)
 
 
 def _scaled(q: Array, scale: float) -> Array:
@@ -86,7 +86,7 @@ def flash_attention(call: DenseCall, tuning: XlaTuning = XLA) -> tuple[Array, Ar
 
         return _softmax_end(lax.fori_loop(0, nk, key_tile, start), q.dtype)
 
-    out, lse = lax.map(query_tile, jnp.arange(batch * heads * nq, dtype=jnp.int32))
+    out, lse = lax.map(query_tile, numbers(batch * heads * nq))
     return out.reshape(batch, heads, -1, dim)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
@@ -112,16 +112,18 @@ def block_mass(call: MassCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
         scaled, row_shift = _scaled(q[head, tile], call.scale), shift[head, tile]
 
         def key_tile(j: Array) -> Array:
-            s = _contract(k[head, j], scaled, (1, 1)) - row_shift
+            s = _contract(k[head, j], scaled, (1, 1)) - row_shift[None]
             if bias_tiles is not None:
                 s = s + bias_tiles[head // heads, j][:, None]
             return jnp.exp(s).reshape(group_k, block_k, tile_q).sum(1)
 
-        sums = lax.map(key_tile, jnp.arange(tiles_k, dtype=jnp.int32))
+        sums = lax.map(key_tile, numbers(tiles_k))
         sums = sums.reshape(tiles_k * group_k, group_q, block_q)[:nk]
-        return (sums * weight[head // heads, tile]).sum(-1).T, sums.sum(0).reshape(tile_q)  # [group_q, nk], [tile_q]
+        return (sums * weight[head // heads, tile][None]).sum(-1).T, sums.sum(0).reshape(
+            tile_q
+        )  # [group_q, nk], [tile_q]
 
-    mass, row_sum = lax.map(query_tile, jnp.arange(batch * heads * tiles_q, dtype=jnp.int32))
+    mass, row_sum = lax.map(query_tile, numbers(batch * heads * tiles_q))
     mass = mass.reshape(batch, heads, -1, nk)[:, :, :nq]
     return mass, row_sum.reshape(batch, heads, -1)[:, :, :rows]
 
@@ -148,7 +150,7 @@ def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[A
 
         def key_group(g: Array, running: _Running) -> _Running:
             block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, block_keys))
-            masked = jnp.arange(block_k, dtype=jnp.int32) >= valid[..., None]
+            masked = numbers(block_k, 3) >= valid[..., None]
             bias = jnp.where(masked, MASKED, 0.0).astype(jnp.float32).reshape(together, -1)
             k_group, v_group = (
                 x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
@@ -163,7 +165,7 @@ def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[A
         empty = block_keys[i].max(-1) == 0
         return jnp.where(empty[:, None, None], 0, out), jnp.where(empty[:, None], -jnp.inf, lse)
 
-    out, lse = lax.map(query_blocks, jnp.arange(len(q_blocks), dtype=jnp.int32))
+    out, lse = lax.map(query_blocks, numbers(len(q_blocks)))
     return out.reshape(batch, heads, -1, dim)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]
 
 
@@ -192,9 +194,9 @@ def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tup
     (batch, heads, _, kmax), nk = indices.shape, valid.shape[1]
     slots = block_count(kmax, group) * group
     block = jnp.pad(indices.astype(jnp.int32), ((0, 0),) * 3 + ((0, slots - kmax),))
-    selected = (jnp.arange(slots) < counts[..., None]) & (block >= 0) & (block < nk)
-    first = jnp.take_along_axis(block, jnp.argmax(selected, axis=-1, keepdims=True), axis=-1)
+    selected = (numbers(slots, 4) < counts[..., None]) & (block >= 0) & (block < nk)
+    first = jnp.take_along_axis(block, lax.argmax(selected, 3, jnp.int32)[..., None], axis=-1)
     block = jnp.where(selected, block, jnp.where(selected.any(-1, keepdims=True), first, 0))
     keys = jnp.take_along_axis(valid[:, None, None], block, axis=-1, mode="clip")
-    head = jnp.arange(batch * heads).reshape(batch, heads, 1, 1)
+    head = numbers(batch * heads).reshape(batch, heads, 1, 1)
     return head * nk + block, jnp.where(selected, keys, 0)

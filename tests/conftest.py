@@ -1,4 +1,4 @@
-"""Settings of every test: full float32 products, and property tests that find the same cases in every run."""
+"""Settings of every test: full float32 products, no implicit rank promotion, and property tests that find the same cases in every run."""
 
 import hypothesis
 import jax
@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 jax.config.update("jax_default_matmul_precision", "highest")
+jax.config.update("jax_numpy_rank_promotion", "raise")
 
 hypothesis.settings.register_profile(
     "adaspa", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]

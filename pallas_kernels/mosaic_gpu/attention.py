@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import merge_heads, pad_tokens
+from pallas_kernels.blocks import merge_heads, numbers, pad_tokens
 from pallas_kernels.calls import DenseCall, SparseCall
 from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
@@ -49,7 +49,7 @@ def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = No
     bias, partial = tile_bias(call.block_valid, batch, block_k, keys, k.shape[2], tile)
     indices = call.indices.astype(jnp.int32)
     first = jnp.where((indices >= 0) & (indices < k.shape[2] // block_k), indices * parts, tiles)
-    tile_of = jnp.minimum(first[..., None] + jnp.arange(parts, dtype=jnp.int32), tiles).reshape(*first.shape[:3], -1)
+    tile_of = jnp.minimum(first[..., None] + numbers(parts, 5), tiles).reshape(*first.shape[:3], -1)
     entries = 2 * tile_of + jnp.take_along_axis(partial[:, None, None], tile_of, axis=-1, mode="clip")
     counts = jnp.clip(call.counts, 0, kmax).astype(jnp.int32) * parts
     options = {"rows": tile_q, "split": block_q // tile_q, "stages": tuning.stages, "sparse": True, "masked": True}

@@ -88,7 +88,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         gpu.barrier_wait(k_ready.at[0])
         s = gpu.run_scoped(first, plgpu.ACC((ROWS, shape.tile), jnp.float32))
         gpu.barrier_arrive(k_free.at[0])
-        rows_smem.at[group][...] = lax.fori_loop(0, chunks, chunk, (s, row_vector(gpu, 0.0)))[1]
+        rows_smem.at[group][...] = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, (s, row_vector(gpu, 0.0)))[1]
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(rows_smem.at[group], refs["row_sum"].at[head, mine])
         gpu.wait_smem_to_gmem(0)
@@ -104,7 +104,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         for i in range(min(shape.stages, shape.tiles)):
             load(i, i)
 
-        @pl.loop(shape.stages, shape.tiles)
+        @pl.loop(jnp.int32(shape.stages), jnp.int32(shape.tiles))
         def _steps(j: Array) -> None:
             slot = slot_of(j, shape.stages)
             gpu.barrier_wait(k_free.at[slot])

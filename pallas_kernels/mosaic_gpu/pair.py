@@ -75,7 +75,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
         acc = gpu.layout_cast(jnp.full((ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
         start = acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), tiles[jnp.int32(0)]
-        acc, m, total, _ = lax.fori_loop(0, steps, step, start)
+        acc, m, total, _ = lax.fori_loop(jnp.int32(0), steps, step, start)
         pl.when(group == 0)(take_turns)
         finish(gpu, acc, m, total, q, lse, shape.dtype)
         gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])

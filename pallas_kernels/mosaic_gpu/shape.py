@@ -12,7 +12,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import LOG2E, MASKED, expand_valid
+from pallas_kernels.blocks import LOG2E, MASKED, expand_valid, numbers
 
 ROWS = 64
 """Of a warpgroup: the M of wgmma."""
@@ -65,7 +65,7 @@ class TileList:
         self.gpu, self.shape, self.entries = gpu, shape, entries
         self.batch = lax.div(head, jnp.int32(shape.heads))
         self.key = (head, lax.div(row, jnp.int32(shape.split))) if shape.sparse else (self.batch,)
-        self.length = counts[self.key] if shape.sparse else shape.tiles
+        self.length = counts[self.key] if shape.sparse else jnp.int32(shape.tiles)
 
     def __getitem__(self, j: Array) -> Array:
         if not self.shape.sparse and not self.shape.masked:
@@ -118,4 +118,4 @@ def every_tile(
     if block_valid is None and keys == padded:
         return {}, None
     bias, partial = tile_bias(block_valid, batch, block, keys, padded, tile)
-    return {"entries": 2 * jnp.arange(partial.shape[1], dtype=jnp.int32) + partial}, bias
+    return {"entries": 2 * numbers(partial.shape[1], 2) + partial}, bias

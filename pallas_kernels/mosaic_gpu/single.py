@@ -69,7 +69,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
     pl.when(stages < steps)(lambda: load(refs["k"], k_smem, k_ready, 0, entries[1]))
     acc = gpu.layout_cast(jnp.full((ROWS, shape.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA)
     start = s, acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), *entries
-    _, acc, m, total, *_ = lax.fori_loop(0, steps, step, start)
+    _, acc, m, total, *_ = lax.fori_loop(jnp.int32(0), steps, step, start)
     finish(gpu, acc, m, total, q, lse, shape.dtype)
     gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
     gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])

@@ -5,7 +5,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import block_count, lookup, merge_heads, pad_tokens, partial_first
+from pallas_kernels.blocks import block_count, lookup, merge_heads, numbers, pad_tokens, partial_first
 from pallas_kernels.calls import DenseCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
@@ -44,7 +44,7 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     resident = _resident(k, tile, tile, tuning)
     bias, whole = tile_bias(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
     tiles = k.shape[2] // tile
-    indices = jnp.broadcast_to(jnp.arange(tiles, dtype=jnp.int32), (batch, tiles))
+    indices = jnp.broadcast_to(numbers(tiles, 2), (batch, tiles))
     order = partial_first(indices, jnp.full(batch, tiles, jnp.int32), ~whole)[:, None, None]
     lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
     options = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
@@ -58,7 +58,7 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
     bias, whole = tile_bias(call.block_valid, batch, tile, keys, k.shape[2], tile)
     indices, counts = call.indices.astype(jnp.int32), call.counts.astype(jnp.int32)
-    used = (indices >= 0) & (indices < k.shape[2] // tile) & (jnp.arange(kmax, dtype=jnp.int32) < counts[..., None])
+    used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
     resident = _resident(k, call.block_q, tile, tuning)
     options = {"rows": call.block_q, "tile": tile, "scale": call.scale}

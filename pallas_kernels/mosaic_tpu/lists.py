@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import MASKED, expand_valid
+from pallas_kernels.blocks import MASKED, expand_valid, numbers
 from pallas_kernels.mosaic_tpu.attention import DROPPED
 from pallas_kernels.tuning import TpuAttentionTuning
 
@@ -11,7 +11,7 @@ from pallas_kernels.tuning import TpuAttentionTuning
 def tile_lists(starts: Array, used: Array, whole: Array, tuning: TpuAttentionTuning, resident: bool) -> Array:
     """Lists int32 [..., L] for the attention kernel from first keys [..., tiles]; unused tiles are dropped."""
     pair, turn = 2 * tuning.group, tuning.group * tuning.unroll
-    place = 1 + jnp.arange(starts.shape[-1], dtype=jnp.int32)
+    place = 1 + numbers(starts.shape[-1], starts.ndim)
     length = jnp.where(used, place, 0).max(-1, keepdims=True)
     partial = jnp.where(used & whole | (place > length), 0, place).max(-1, keepdims=True)
     turns = (length - partial) // turn if resident else jnp.zeros_like(length)

@@ -94,7 +94,7 @@ assert "custom-call" in text or "custom_call" in text
 
 mesh = Mesh(np.array(g.devices(arch, 8)).reshape(2, 4), ("data", "heads"))
 spec = P("data", "heads")
-sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 2, check_vma=False)
+sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 2)
 arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x in shape(2)]
 lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
 text = lowered.compile(compiler_options=options).as_text()

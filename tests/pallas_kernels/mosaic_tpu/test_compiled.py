@@ -112,7 +112,7 @@ def attention(q, indices, counts):
 devices = topologies.get_topology_desc(platform="tpu", topology_name=t.CHIPS["v6e"].topology).devices
 mesh = Mesh(np.array(devices).reshape(2, 2), ("data", "heads"))
 spec = P("data", "heads")
-sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 2, check_vma=False)
+sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 3, out_specs=(spec,) * 2)
 shapes = [((2, 8, 2000, 128), jnp.bfloat16), ((2, 8, 16, 4), jnp.uint16), ((2, 8, 16), jnp.int32)]
 text = t.lower(sharded, [jax.ShapeDtypeStruct(*s) for s in shapes], mesh, spec).compile().as_text()
 assert text.count("tpu_custom_call") >= 3

@@ -1,0 +1,101 @@
+"""Settings of other people's programs change nothing: jax_enable_x64 bit for bit, shard_map with check_vma=True.
+
+Rank promotion is set to "raise" for all tests, see conftest.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, PartitionSpec
+
+from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention, denoise
+from models.schedulers import CogVideoXDDIM, CogVideoXDPM, FlowMatchEuler, UniPC
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention
+from tests.kernel_cases import Case, Operands, operands
+
+EVERY = ("reference", "xla", "triton", "mosaic_tpu", "mosaic_gpu")
+every = pytest.mark.parametrize("implementation", EVERY)
+CASE = Case("settings", rows=130, keys=200, ragged=True, dtype="bfloat16")
+MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("devices",))
+
+
+def kernels(x: Operands, implementation: Any) -> dict[str, Any]:
+    """All results of the three kernels."""
+    how: dict[str, Any] = {"implementation": implementation, "interpret": implementation not in ("xla", "reference")}
+    blocks = {"block_q": CASE.block_q, "block_k": CASE.block_k, "block_valid": x.block_valid} | how
+    out, lse = flash_attention(x.q, x.k, x.v, return_lse=True, **how)
+    sparse = block_sparse_attention(x.q, x.k, x.v, x.indices, x.counts, return_lse=True, **blocks)
+    mass = block_mass(x.q, x.k, lse, query_valid=x.query_valid, return_row_sum=True, **blocks)
+    return {"dense": (out, lse), "sparse": sparse, "mass": mass}
+
+
+def compiled(implementation: str, run: Callable[..., Any]) -> Callable[..., Any]:
+    return run if implementation == "mosaic_gpu" else jax.jit(run)  # its interpreter is eager
+
+
+def check_equal(got: Any, expected: Any) -> None:
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
+        assert a.dtype == b.dtype
+        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+@every
+def test_kernels_under_x64(implementation: str) -> None:
+    x = operands(CASE)
+    run = functools.partial(kernels, implementation=implementation)
+    expected = compiled(implementation, run)(x)
+    with jax.enable_x64(True):
+        check_equal(compiled(implementation, run)(x), expected)
+
+
+def test_attention_and_its_state_under_x64() -> None:
+    layers = 2
+    config = SparseConfig(block_size=16, steps=5, sparsity=0.5, token_order="cube")
+    layout = config.layout((2, 7, 9), text=5)
+    rng = np.random.default_rng(0)
+    q, k, v, noise = (rng.standard_normal((1, layout.length, 4, 8)).astype(np.float32) for _ in range(4))
+
+    def sample(scheduler: Any, noise: Any) -> Any:
+        def predict(latents: Any, row: Any, state: Any, kind: Any) -> Any:
+            def layer(x: Any, state: Any) -> Any:
+                return adaspa_attention(x + q, x + k, x + v, state, kind, layout=layout, config=config)
+
+            latents, state = jax.lax.scan(layer, latents, state)
+            return latents * row["timestep"] / 1000, state
+
+        state = SparseState.create(layout, config, 1, 4, layers)
+        return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)
+
+    for scheduler in (FlowMatchEuler(), UniPC(3.0), CogVideoXDDIM(), CogVideoXDPM()):
+        expected = jax.jit(functools.partial(sample, scheduler))(noise)
+        with jax.enable_x64(True):
+            check_equal(jax.jit(functools.partial(sample, scheduler))(noise), expected)
+            for kind in StepKind:
+                state = SparseState.create(layout, config, 1, 4)
+                adaspa_attention(*map(jnp.asarray, (q, k, v)), state, kind, layout=layout, config=config)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_kernels_inside_shard_map(implementation: str, check_vma: bool) -> None:
+    """Those of Pallas are compiled for several GPUs and TPUs in test_gpu_compile and mosaic_tpu/test_compiled."""
+    x, run = operands(CASE), functools.partial(kernels, implementation=implementation)
+    spec = PartitionSpec("devices")
+    sharded = jax.shard_map(run, mesh=MESH, in_specs=spec, out_specs=spec, check_vma=check_vma)
+    check_equal(jax.jit(sharded)(x), jax.jit(run)(x))
+
+
+def test_a_step_inside_shard_map() -> None:
+    config = SparseConfig(block_size=16, steps=5, sparsity=0.5)
+    layout = config.layout((2, 7, 9), text=5)
+    q = jnp.asarray(np.random.default_rng(0).standard_normal((1, layout.length, 4, 8)), jnp.float32)
+    state, spec = SparseState.create(layout, config, 1, 4), PartitionSpec("devices")
+    step = lambda q, state, kind: adaspa_attention(q, q, q, state, kind, layout=layout, config=config)
+    sharded = jax.shard_map(step, mesh=MESH, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)
+    for kind in StepKind:
+        check_equal(jax.jit(sharded)(q, state, jnp.int32(kind)), jax.jit(step)(q, state, jnp.int32(kind)))
