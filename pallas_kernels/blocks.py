@@ -54,12 +54,17 @@ def pad_tokens(x: Array, multiple: int) -> Array:
     return jnp.pad(x, ((0, 0), (0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 3)) if extra else x
 
 
+def bias_of(valid: Array) -> Array:
+    """float32, 0 where `valid` and MASKED elsewhere: to add to scores."""
+    return jnp.where(valid, jnp.float32(0), jnp.float32(MASKED))
+
+
 def key_bias(block_valid: Array | None, batch: int, block: int, length: int, padded: int) -> Array | None:
     """float32 [B, padded], 0 for valid keys and MASKED for others; None if every key is valid."""
     if block_valid is None and length == padded:
         return None
     valid = expand_valid(block_valid, batch, block, length)
-    return jnp.where(jnp.pad(valid, ((0, 0), (0, padded - length))), 0.0, MASKED)
+    return bias_of(jnp.pad(valid, ((0, 0), (0, padded - length))))
 
 
 def lookup(flags: Array, indices: Array) -> Array:

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import varying
-from pallas_kernels.blocks import FLOOR, MASKED, block_count, key_bias, merge_heads, numbers, pad_tokens, valid_counts
+from pallas_kernels.blocks import FLOOR, bias_of, block_count, key_bias, merge_heads, numbers, pad_tokens, valid_counts
 from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
 from pallas_kernels.tuning import XLA, XlaTuning
 
@@ -150,8 +150,8 @@ def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[A
 
         def key_group(g: Array, running: _Running) -> _Running:
             block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, block_keys))
-            masked = numbers(block_k, 3) >= valid[..., None]
-            bias = jnp.where(masked, MASKED, 0.0).astype(jnp.float32).reshape(together, -1)
+            inside = numbers(block_k, 3) < valid[..., None]
+            bias = bias_of(inside).reshape(together, -1)
             k_group, v_group = (
                 x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
                 for x in (k_blocks, v_blocks)

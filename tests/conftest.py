@@ -1,4 +1,4 @@
-"""Settings of every test: full float32 products, no implicit rank promotion, and property tests that find the same cases in every run."""
+"""Settings of every test: full float32 products, no implicit rank promotion, property tests that repeat themselves."""
 
 import hypothesis
 import jax

@@ -204,7 +204,7 @@ class NormZero(nnx.Module):
     def __call__(self, x: Array, temb: Array, call: AttentionCall) -> tuple[Array, Array]:
         """x [B, L, width], temb [B, time_embed_dim] to the modulated x and the gate of each token, [B, L, width]."""
         parts = jnp.split(self.linear(silu(temb))[:, None], 6, axis=-1)  # [B, 1, width]
-        is_video = (jnp.arange(call.layout.length) < call.layout.video_length)[None, :, None]
+        is_video = (np.arange(call.layout.length) < call.layout.video_length)[None, :, None]
         shift, scale, gate = (jnp.where(is_video, *pair) for pair in zip(parts[:3], parts[3:], strict=True))
         return modulate(self.norm(x), shift, scale), gate
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax import Array, lax
 
@@ -390,7 +391,7 @@ class HunyuanVideoTransformer(VideoTransformer):
         if self.config.image_condition_type != "token_replace":
             return Conditioning(temb)
         _, rows, columns = layout.grid
-        first = layout.pack_video(jnp.arange(layout.video_tokens)[None] < rows * columns)  # [1, Nv]
+        first = layout.pack_video(jnp.asarray(np.arange(layout.video_tokens)[None] < rows * columns))  # [1, Nv]
         first = jnp.pad(first, ((0, 0), (0, layout.text_length)))[..., None]  # [1, L, 1]
         return Conditioning(temb, self.time_text_embed(jnp.zeros_like(timestep), pooled), first)
 

@@ -11,13 +11,18 @@ from flax import nnx
 from jax import Array
 
 
+def channels(x: Any, like: Array) -> Any:
+    """x [C] as [1, ..., 1, C], with the axes of `like` [..., C]."""
+    return x.reshape(*[1] * (like.ndim - 1), -1)
+
+
 def layer_norm(x: Array, scale: Array | None = None, bias: Array | None = None, eps: float = 1e-6) -> Array:
     """LayerNorm over the last axis, in float32, returned in x's dtype (`torch.nn.LayerNorm`)."""
     y = x.astype(jnp.float32)
     y = y - y.mean(-1, keepdims=True)
     y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + eps)
     if scale is not None and bias is not None:
-        y = y * scale.astype(jnp.float32) + bias.astype(jnp.float32)
+        y = y * channels(scale.astype(jnp.float32), y) + channels(bias.astype(jnp.float32), y)
     return y.astype(x.dtype)
 
 
@@ -45,7 +50,7 @@ class RMSNorm(nnx.Module):
         """[..., dim] to [..., dim]."""
         y = x.astype(jnp.float32)
         y = y * jax.lax.rsqrt((y * y).mean(-1, keepdims=True) + self.eps)
-        return y.astype(x.dtype) * self.scale[...]
+        return y.astype(x.dtype) * channels(self.scale[...], x)
 
 
 class Linear(nnx.Module):
@@ -58,7 +63,7 @@ class Linear(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """[..., in] to [..., out]."""
-        return x @ self.kernel[...] + self.bias[...]
+        return x @ self.kernel[...] + channels(self.bias[...], x)
 
 
 def gelu_tanh(x: Array) -> Array:
@@ -106,7 +111,8 @@ def timestep_embedding(t: Array, dim: int) -> Array:
     exponents = -np.float32(math.log(10000)) * np.arange(half, dtype=np.float32) / np.float32(half)
     # Rounded from float64, as torch's are to the last bit: a guidance of 6000 multiplies what a bit is worth.
     frequencies = np.exp(exponents.astype(np.float64)).astype(np.float32)
-    angles = t.astype(jnp.float32)[..., None] * frequencies
+    angles = t.astype(jnp.float32)[..., None]
+    angles = angles * channels(frequencies, angles)
     return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
 
 

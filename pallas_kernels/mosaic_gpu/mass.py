@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -16,6 +17,7 @@ from pallas_kernels.mosaic_gpu.shape import (
     Shape,
     TileList,
     every_tile,
+    loop,
     over_columns,
     row_vector,
     slot_of,
@@ -67,7 +69,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
                 multiply(next_ref, slot)
                 scaled = tiles.mask(s, entry, refs.get("bias")) * shape.scale
                 seen = jnp.exp2(scaled - over_columns(shift, shape.tile)).sum(axis=1)
-                part[lax.rem(j, jnp.int32(_CHUNK))] = seen * weight
+                part[lax.rem(j, np.int32(_CHUNK))] = seen * weight
                 return next_ref[...], row_sum + seen
 
             found = gpu.run_scoped(overlapped, plgpu.ACC((ROWS, shape.tile), jnp.float32))
@@ -76,7 +78,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
         def chunk(c: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             begin = c * _CHUNK
-            carry = lax.fori_loop(begin, jnp.minimum(begin + _CHUNK, shape.tiles), step, carry)
+            carry = loop(begin, jnp.minimum(begin + _CHUNK, shape.tiles), step, carry)
             gpu.commit_smem()
             chunk_sums[...] = gpu.load(part, layout=plgpu.Layout.WGMMA).sum(axis=1)
             gpu.commit_smem()
@@ -88,7 +90,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         gpu.barrier_wait(k_ready.at[0])
         s = gpu.run_scoped(first, plgpu.ACC((ROWS, shape.tile), jnp.float32))
         gpu.barrier_arrive(k_free.at[0])
-        rows_smem.at[group][...] = lax.fori_loop(jnp.int32(0), jnp.int32(chunks), chunk, (s, row_vector(gpu, 0.0)))[1]
+        rows_smem.at[group][...] = loop(0, chunks, chunk, (s, row_vector(gpu, 0.0)))[1]
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(rows_smem.at[group], refs["row_sum"].at[head, mine])
         gpu.wait_smem_to_gmem(0)
@@ -104,7 +106,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         for i in range(min(shape.stages, shape.tiles)):
             load(i, i)
 
-        @pl.loop(jnp.int32(shape.stages), jnp.int32(shape.tiles))
+        @pl.loop(np.int32(shape.stages), np.int32(shape.tiles))
         def _steps(j: Array) -> None:
             slot = slot_of(j, shape.stages)
             gpu.barrier_wait(k_free.at[slot])

@@ -7,12 +7,13 @@ FlashAttention-3 as in jax.experimental.pallas.ops.gpu.attention_mgpu; what is n
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import FLOOR
-from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, row_vector, slot_of, tile_memory
+from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, row_vector, slot_of, tile_memory
 from pallas_kernels.mosaic_gpu.softmax import finish, softmax
 
 
@@ -74,8 +75,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
             return acc, m, total, following
 
         acc = gpu.layout_cast(jnp.full((ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
-        start = acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), tiles[jnp.int32(0)]
-        acc, m, total, _ = lax.fori_loop(jnp.int32(0), steps, step, start)
+        start = acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), tiles[np.int32(0)]
+        acc, m, total, _ = loop(0, steps, step, start)
         pl.when(group == 0)(take_turns)
         finish(gpu, acc, m, total, q, lse, shape.dtype)
         gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
@@ -94,7 +95,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
             @pl.when(i < steps)
             def _fill(i: int = i) -> None:
-                entry = tiles[jnp.int32(i)]
+                entry = tiles[np.int32(i)]
                 load(refs["k"], k_smem, k_ready, i, entry)
                 load(refs["v"], v_smem, v_ready, i, entry)
 
@@ -106,7 +107,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
             load(refs["v"], v_smem, v_ready, slot, entry)
             return following
 
-        lax.fori_loop(jnp.int32(shape.stages), steps, step, tiles[jnp.int32(shape.stages)])
+        loop(shape.stages, steps, step, tiles[np.int32(shape.stages)])
 
 
 def memory(shape: Shape) -> list[Any]:

@@ -8,11 +8,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import LOG2E, MASKED, expand_valid, numbers
+from pallas_kernels.blocks import LOG2E, bias_of, expand_valid, numbers
 
 ROWS = 64
 """Of a warpgroup: the M of wgmma."""
@@ -48,6 +49,11 @@ class Shape:
         return cls(q.shape[1], q.shape[3], q.dtype, tile=tile, tiles=tiles, scale=scale * LOG2E, **options)
 
 
+def loop(begin: Any, end: Any, body: Any, start: Any) -> Any:
+    """`lax.fori_loop` that counts in int32 whatever jax_enable_x64 says; the bounds may be Python numbers."""
+    return lax.fori_loop(begin, end, lambda j, carry: body(jnp.asarray(j, jnp.int32), carry), start)
+
+
 def row_vector(gpu: Any, value: float) -> Array:
     """float32 [64] full of `value`, one number a row of a warpgroup."""
     return gpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
@@ -63,11 +69,11 @@ class TileList:
 
     def __init__(self, gpu: Any, shape: Shape, entries: Any, counts: Any, head: Array, row: Array):
         self.gpu, self.shape, self.entries = gpu, shape, entries
-        self.batch = lax.div(head, jnp.int32(shape.heads))
-        self.key = (head, lax.div(row, jnp.int32(shape.split))) if shape.sparse else (self.batch,)
-        self.length = counts[self.key] if shape.sparse else jnp.int32(shape.tiles)
+        self.batch = lax.div(head, np.int32(shape.heads))
+        self.key = (head, lax.div(row, np.int32(shape.split))) if shape.sparse else (self.batch,)
+        self.length = counts[self.key] if shape.sparse else shape.tiles
 
-    def __getitem__(self, j: Array) -> Array:
+    def __getitem__(self, j: Any) -> Array:
         if not self.shape.sparse and not self.shape.masked:
             return 2 * j
         last = self.entries.shape[-1] - 1
@@ -75,7 +81,7 @@ class TileList:
 
     def start(self, entry: Array) -> Array:
         """First key to load."""
-        return jnp.minimum(lax.shift_right_logical(entry, 1), self.shape.tiles - 1) * self.shape.tile
+        return jnp.minimum(lax.shift_right_logical(entry, np.int32(1)), self.shape.tiles - 1) * self.shape.tile
 
     def mask(self, s: Array, entry: Array, bias: Any) -> Array:
         """Adds the bias row if the tile is partial."""
@@ -83,7 +89,7 @@ class TileList:
             return s
 
         def partial(s: Array) -> Array:
-            keys = pl.ds(lax.shift_right_logical(entry, 1) * self.shape.tile, self.shape.tile)
+            keys = pl.ds(lax.shift_right_logical(entry, np.int32(1)) * self.shape.tile, self.shape.tile)
             row = self.gpu.load(bias.at[self.batch, keys], layout=plgpu.Layout.WGMMA.reduce(0))
             return s + lax.broadcast_in_dim(row, s.shape, [1])
 
@@ -92,7 +98,7 @@ class TileList:
 
 def slot_of(step: Array, stages: int) -> Array:
     """Which of the `stages` buffers a step uses."""
-    return lax.rem(step, jnp.int32(stages))
+    return lax.rem(step, np.int32(stages))
 
 
 def tile_memory(shape: Shape, leading: tuple[int, ...], rows: int) -> Any:
@@ -108,7 +114,7 @@ def tile_bias(
     """(bias float32 [B, keys of tiles + 1], partial bool [B, tiles + 1]); a tile past the last masks all."""
     valid = expand_valid(block_valid, batch, block, keys)
     valid = jnp.pad(valid, ((0, 0), (0, padded - keys + tile)))
-    return jnp.where(valid, 0.0, MASKED), ~valid.reshape(batch, -1, tile).all(-1)
+    return bias_of(valid), ~valid.reshape(batch, -1, tile).all(-1)
 
 
 def every_tile(

@@ -3,12 +3,13 @@
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import FLOOR
-from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, row_vector, slot_of, tile_memory
+from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, row_vector, slot_of, tile_memory
 from pallas_kernels.mosaic_gpu.softmax import finish, softmax
 
 
@@ -28,7 +29,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
         @pl.when(i < steps)
         def _fill(i: int = i) -> None:
-            entry = tiles[jnp.int32(i)]
+            entry = tiles[np.int32(i)]
             load(refs["k"], k_smem, k_ready, i, entry)
             load(refs["v"], v_smem, v_ready, i, entry)
 
@@ -65,11 +66,11 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         return *found, following, further, last
 
     s = gpu.run_scoped(first, plgpu.ACC((ROWS, shape.tile), jnp.float32))
-    entries = [tiles[jnp.int32(i)] for i in (0, stages, stages + 1)]
+    entries = [tiles[np.int32(i)] for i in (0, stages, stages + 1)]
     pl.when(stages < steps)(lambda: load(refs["k"], k_smem, k_ready, 0, entries[1]))
     acc = gpu.layout_cast(jnp.full((ROWS, shape.head_dim), 0, jnp.float32), plgpu.Layout.WGMMA)
     start = s, acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), *entries
-    _, acc, m, total, *_ = lax.fori_loop(jnp.int32(0), steps, step, start)
+    _, acc, m, total, *_ = loop(0, steps, step, start)
     finish(gpu, acc, m, total, q, lse, shape.dtype)
     gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
     gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])

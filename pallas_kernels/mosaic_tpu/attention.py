@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -49,7 +50,7 @@ class _Softmax:
         self.acc[...] = jnp.zeros_like(self.acc)
 
     def _bias(self, position: Any) -> Array:
-        row = lax.div(self.table[0, HEADER + position], jnp.int32(self.tile))
+        row = lax.div(self.table[0, HEADER + position], np.int32(self.tile))
         return self.bias[pl.ds(jnp.minimum(row, self.bias.shape[0] - 1), 1), :]
 
     def mask(self, scores: Any, products: Any, position: Any) -> None:
@@ -125,9 +126,9 @@ def _resident_kernel(
 
     first, pairs, turns = table[0, 0], table[0, 1], table[0, 2]
     multiply(first, even, masked=True)
-    lax.fori_loop(jnp.int32(0), pairs, lambda i, _: steps(first + i * 2 * group, 2, masked=True), None)
+    lax.fori_loop(np.int32(0), pairs, lambda i, _: steps(first + i * 2 * group, 2, masked=True), None)
     first = first + pairs * 2 * group
-    lax.fori_loop(jnp.int32(0), turns, lambda i, _: steps(first + i * turn, unroll, masked=False), None)
+    lax.fori_loop(np.int32(0), turns, lambda i, _: steps(first + i * turn, unroll, masked=False), None)
     softmax.finish(out, lse)
 
 
@@ -143,7 +144,7 @@ def _gathered_kernel(
     def start(i: Any, slot: Any) -> None:
         for j in range(turn):
             # Past the end of the list this reads one of its tiles once more: cheaper than a branch a tile.
-            which = lax.div(_start(table, first + i * turn + j, tile), jnp.int32(tile))
+            which = lax.div(_start(table, first + i * turn + j, tile), np.int32(tile))
             target = ring.at[slot, :, pl.ds(j * tile, tile)]
             pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
 
@@ -151,7 +152,7 @@ def _gathered_kernel(
         pltpu.make_async_copy(ring.at[slot], ring.at[slot], arrived.at[slot]).wait()
 
     def take(i: Any, carry: None) -> None:
-        slot = lax.rem(i, jnp.int32(2))
+        slot = lax.rem(i, np.int32(2))
         start(i + 1, 1 - slot)
         wait(slot)
         halves = [pl.ds(j * group * tile, group * tile) for j in range(2)]
@@ -160,9 +161,9 @@ def _gathered_kernel(
         for half, scores in zip(halves, (even, odd), strict=True):
             softmax.step(scores, ring[slot, 1, half, :])
 
-    start(jnp.int32(0), jnp.int32(0))
-    lax.fori_loop(jnp.int32(0), turns, take, None)
-    wait(lax.rem(turns, jnp.int32(2)))
+    start(np.int32(0), np.int32(0))
+    lax.fori_loop(np.int32(0), turns, take, None)
+    wait(lax.rem(turns, np.int32(2)))
     softmax.finish(out, lse)
 
 
@@ -218,7 +219,7 @@ def attention(
     (programs, queries, dim), keys = q.shape, k.shape[1]
     blocks = block_count(queries, rows)
     shared = table.shape[0] != programs or table.shape[1] != blocks
-    lists = (lambda h, i: (lax.div(h, jnp.int32(heads)), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
+    lists = (lambda h, i: (lax.div(h, np.int32(heads)), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
     once: Callable[[], dict[str, Any]] = lambda: {"pipeline_mode": pl.Buffered(buffer_count=1)}
     width = max(tile, _LANES)
     operands: list[Array] = [table[:, :, None], q]
@@ -236,7 +237,7 @@ def attention(
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
         scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), k.dtype), pltpu.SemaphoreType.DMA((2,))]
     operands.append(bias)
-    specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, jnp.int32(heads)), 0, 0), **once()))
+    specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, np.int32(heads)), 0, 0), **once()))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import MASKED, expand_valid, numbers
+from pallas_kernels.blocks import bias_of, expand_valid, numbers
 from pallas_kernels.mosaic_tpu.attention import DROPPED
 from pallas_kernels.tuning import TpuAttentionTuning
 
@@ -33,5 +33,5 @@ def tile_bias(
     """
     valid = jnp.pad(expand_valid(block_valid, batch, block, keys), ((0, 0), (0, padded - keys + tile)))
     valid = valid.reshape(batch, -1, tile)
-    bias = jnp.where(valid, 0.0, MASKED)
+    bias = bias_of(valid)
     return (jnp.concatenate([bias, bias], -1) if tile == 64 else bias), valid[:, :-1].all(-1)

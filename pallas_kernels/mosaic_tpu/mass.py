@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
@@ -38,7 +39,7 @@ def _kernel(
     heads: int,
     scale: float,
 ) -> None:
-    batch, j = lax.div(pl.program_id(0), jnp.int32(heads)), pl.program_id(2)
+    batch, j = lax.div(pl.program_id(0), np.int32(heads)), pl.program_id(2)
     tile, queries = k.shape[0], q.shape[0]
     blocks = tile // block_k
     here = pl.ds(pl.multiple_of(j * blocks, blocks), blocks)
@@ -72,7 +73,7 @@ def _kernel(
             mass[:, keys] = weighted.reshape(queries // block_q, block_q, _LANES).sum(1)
             return total + sums[keys, :].sum(0, keepdims=True)
 
-        row_sum[...] = lax.fori_loop(jnp.int32(0), jnp.int32(sums.shape[0] // _LANES), strip, jnp.zeros_like(row_sum))
+        row_sum[...] = lax.fori_loop(np.int32(0), np.int32(sums.shape[0] // _LANES), strip, jnp.zeros_like(row_sum))
 
 
 def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
@@ -118,7 +119,7 @@ def _mass(
                 pl.BlockSpec((None, tile_q, dim), lambda h, i, j, *_: (h, i, 0)),
                 pl.BlockSpec((None, tile_k, dim), lambda h, i, j, *_: (h, j, 0)),
                 row(lambda h, i, j, *_: (h, 0, i)),
-                row(lambda h, i, j, *_: (lax.div(h, jnp.int32(heads)), 0, i)),
+                row(lambda h, i, j, *_: (lax.div(h, np.int32(heads)), 0, i)),
             ],
             out_specs=[
                 pl.BlockSpec((None, tile_q // block_q, blocks), lambda h, i, j, *_: (h, i, 0)),

@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton as plt
@@ -36,8 +37,8 @@ def _attention_kernel(
     """One query tile. Refs: q, out [R, D], k, v [N, D], lse [R]; bias [N], indices [kmax], counts [1] where named."""
     ref = dict(zip(names, refs, strict=True))
     q = ref["q"][...]
-    sparse, parts = "indices" in ref, jnp.int32(block // tile)
-    steps = ref["counts"][0] * parts if sparse else jnp.int32(ref["k"].shape[0] // tile)
+    sparse, parts = "indices" in ref, np.int32(block // tile)
+    steps = ref["counts"][0] * parts if sparse else np.int32(ref["k"].shape[0] // tile)
 
     def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
         acc, m, total = carry
@@ -59,7 +60,7 @@ def _attention_kernel(
 
     rows = q.shape[0]
     start = jnp.zeros(q.shape, jnp.float32), jnp.full(rows, FLOOR, jnp.float32), jnp.zeros(rows, jnp.float32)
-    acc, m, total = lax.fori_loop(jnp.int32(0), steps, step, start)
+    acc, m, total = lax.fori_loop(np.int32(0), steps, step, start)
     safe = jnp.where(total > 0, total, 1.0)
     ref["out"][...] = (acc / safe[:, None]).astype(q.dtype)
     ref["lse"][...] = jnp.where(total > 0, (m + jnp.log2(safe)) / LOG2E, -jnp.inf)
@@ -79,8 +80,8 @@ def _mass_kernel(*refs: Any, names: tuple[str, ...], scale: float, precision: An
         ref["mass"][:, j] = (seen * weight).reshape(group, -1).sum(1)
         return row_sum + seen
 
-    none, tiles = jnp.zeros(q.shape[0], jnp.float32), jnp.int32(ref["mass"].shape[1])
-    ref["row_sum"][...] = lax.fori_loop(jnp.int32(0), tiles, step, none)
+    none, tiles = jnp.zeros(q.shape[0], jnp.float32), np.int32(ref["mass"].shape[1])
+    ref["row_sum"][...] = lax.fori_loop(np.int32(0), tiles, step, none)
 
 
 def _call(
