@@ -1,11 +1,14 @@
-# `make demo` and `make test` need only python3 (3.11 or later): each makes .venv and installs what it uses.
+# `make demo`, `make test` and `make test-all` need only python3 (3.11 or later): each makes .venv and installs what it uses.
 PYTHON ?= python3
 BIN = .venv/bin
 # The tests bring GPU compilers along; without a GPU they must not be asked for one. For a GPU: JAX_PLATFORMS=cuda,cpu.
 export JAX_PLATFORMS ?= cpu
 PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
 
-.PHONY: demo test lint clean
+# Passed to pytest in place of its default, all tests in two processes: make test ARGS="tests/convert -k full_disk"
+ARGS = -n 2 --dist loadfile
+
+.PHONY: demo test test-all lint clean
 
 .venv/demo: pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
@@ -28,7 +31,10 @@ lint: .venv/test
 	$(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(ARGS)
+
+test-all: lint
+	$(BIN)/python -m pytest $(ARGS) -m ""
 
 clean:
 	rm -rf .venv out

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from jax import Array
 
 from pallas_kernels import reference
@@ -70,6 +71,25 @@ CASES = (
     Case("density 1", density=1.0, ragged=True),
     Case("one long head", heads=1, rows=3000, keys=3000, density=0.7),
 )
+
+REPRESENTATIVE = (
+    "D 128 bfloat16",
+    "odd D",
+    "ragged length and blocks",
+    "unequal blocks",
+    "more keys than rows",
+    "density 0",
+    "128 rows, 64 keys",
+    "full blocks of 64",
+)
+"""Cases that every `make test` interprets; the others are part of the matrix."""
+
+
+def in_matrix(case: Case, *values: Any) -> Any:
+    """The parameters of a test, marked unless the case is representative."""
+    marks = () if case.name in REPRESENTATIVE else pytest.mark.matrix
+    return pytest.param(case, *values, marks=marks, id=" ".join(map(str, (case.name, *values))))
+
 
 FULL = Case("full blocks", rows=1024, keys=1024, head_dim=128, block_q=128, block_k=128)
 GPU_CASES = (

@@ -113,7 +113,10 @@ MATRIX = (
     *(Case(kernel, dtype="float32", tokens=32768) for kernel in ("dense", "block_mass")),
     Case("block_sparse", 64, dtype="float32", tokens=32768, ragged=True),
 )
-"""What the tests compile for every chip."""
+"""What `make test-all` compiles for every chip."""
+FEW = (Case("dense"), Case("block_sparse"), Case("block_mass"), Case("gathered", 64, tokens=LONG, ragged=True))
+"""What `make test` does."""
+SETS = {"main": MAIN, "all": MATRIX, "few": FEW}
 PEERS = (Case("splash", tokens=16384), Case("flash", tokens=16384), Case("matmul", tokens=4096))
 TARGETS = {
     ("block_sparse", 128): {"v5e": 74, "v5p": 74, "v6e": 46},
@@ -363,20 +366,20 @@ def in_processes(chips: list[str], cases: str) -> list[dict[str, Any]]:
 
 def main(
     chip: Annotated[list[str] | None, typer.Option(help="v5e, v5p or v6e; several times for several")] = None,
-    cases: Annotated[str, typer.Option(help="main, or all that the tests compile")] = "main",
+    cases: Annotated[str, typer.Option(help="main, few (make test) or all (make test-all)")] = "main",
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
 ) -> None:
     """Compiles our kernels and their peers and prints the table."""
     chips = chip or list(CHIPS)
     if unknown := [name for name in chips if name not in CHIPS]:
         raise ValueError(f"--chip {unknown[0]} must be one of {', '.join(CHIPS)}")
-    if cases not in ("main", "all"):
-        raise ValueError(f"--cases {cases} must be main or all")
+    if cases not in SETS:
+        raise ValueError(f"--cases {cases} must be one of {', '.join(SETS)}")
     if len(chips) > 1:
         rows = in_processes(chips, cases)
     else:
         rows = []
-        for case in (*(MAIN if cases == "main" else MATRIX), *PEERS):
+        for case in (*SETS[cases], *PEERS):
             begun = time.perf_counter()
             rows.append(compile_case(case, chips[0]))
             print(f"{chips[0]}: {case.name} in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)

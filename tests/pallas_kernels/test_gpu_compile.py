@@ -36,10 +36,14 @@ def run(*command: str) -> str:
     return ended.stdout
 
 
-@pytest.fixture(scope="module", params=sorted(TARGETS))
+CASES = [(arch, few) for arch in sorted(TARGETS) for few in (True, False)]
+
+
+@pytest.fixture(scope="module", params=[pytest.param(c, marks=() if c[1] else pytest.mark.matrix) for c in CASES])
 def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("compiled") / "rows.json"
-    run("-m", "benchmarks.gpu.compiled", "--arch", request.param, "--json", str(file))
+    arch, few = request.param
+    run("-m", "benchmarks.gpu.compiled", "--arch", arch, *["--few"] * few, "--json", str(file))
     return json.loads(file.read_text())
 
 
@@ -96,6 +100,8 @@ mesh = Mesh(np.array(g.devices(arch, 8)).reshape(2, 4), ("data", "heads"))
 spec = P("data", "heads")
 sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=(spec,) * 2)
 arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x in shape(2)]
+with jax.enable_x64(True):
+    g.lower(attention, shape(2), arch)
 lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
 text = lowered.compile(compiler_options=options).as_text()
 assert "all-gather" not in text and "all-to-all" not in text
@@ -103,6 +109,9 @@ print("compiled")
 """
 
 
-@pytest.mark.parametrize(("implementation", "arch"), [("triton", "8.0"), ("triton", "9.0"), ("mosaic_gpu", "9.0")])
+FUNCTIONS = [("triton", "8.0"), ("mosaic_gpu", "9.0"), pytest.param("triton", "9.0", marks=pytest.mark.matrix)]
+
+
+@pytest.mark.parametrize(("implementation", "arch"), FUNCTIONS)
 def test_whole_functions_compile_for_one_and_for_eight_gpus(implementation: str, arch: str) -> None:
     assert "compiled" in run("-c", AHEAD_OF_TIME, implementation, arch)

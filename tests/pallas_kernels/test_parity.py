@@ -7,10 +7,15 @@ import pytest
 import torch
 
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention
-from tests.kernel_cases import CASES, IMPLEMENTATIONS, Case, assert_attention, how, operands
+from tests.kernel_cases import CASES, IMPLEMENTATIONS, Case, assert_attention, how, in_matrix, operands
 
-each = pytest.mark.parametrize("case", CASES, ids=lambda c: c.name)
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# XLA, which people run on a CPU, on all cases always.
+each = pytest.mark.parametrize(
+    ("case", "implementation"),
+    [pytest.param(c, "xla", id=f"{c.name} xla") for c in CASES if "xla" in IMPLEMENTATIONS]
+    + [in_matrix(c, name) for c in CASES for name in IMPLEMENTATIONS if name != "xla"],
+)
 
 
 def skip_unserved(case: Case, implementation: str, kernel: str) -> None:
@@ -19,7 +24,6 @@ def skip_unserved(case: Case, implementation: str, kernel: str) -> None:
 
 
 @each
-@every
 def test_flash_attention(case: Case, implementation) -> None:
     skip_unserved(case, implementation, "flash_attention")
     x = operands(case)
@@ -30,7 +34,6 @@ def test_flash_attention(case: Case, implementation) -> None:
 
 
 @each
-@every
 def test_block_sparse_attention(case: Case, implementation) -> None:
     skip_unserved(case, implementation, "block_sparse_attention")
     x = operands(case)
@@ -40,7 +43,6 @@ def test_block_sparse_attention(case: Case, implementation) -> None:
 
 
 @each
-@every
 def test_block_mass(case: Case, implementation) -> None:
     skip_unserved(case, implementation, "block_mass")
     x = operands(case)

@@ -11,11 +11,12 @@ from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import choose
 
 pytest.importorskip("jax_triton")
-SLOW = "not long and not many"
 
 
-def test_parity_in_the_interpreter() -> None:
-    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-k", f"jax_triton and {SLOW}"]
+@pytest.mark.parametrize("which", ["not matrix", pytest.param("matrix", marks=pytest.mark.matrix)])
+def test_parity_in_the_interpreter(which: str) -> None:
+    fast = "jax_triton and not long and not many"
+    command = [sys.executable, "-m", "pytest", "-o", "addopts=", "-q", "-k", fast, "-m", which]
     ended = subprocess.run(
         [*command, str(Path(__file__).parents[1] / "test_parity.py")],
         capture_output=True,

@@ -14,13 +14,13 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention
 from pallas_kernels.mosaic_gpu import interpret as mosaic_interpret
 from pallas_kernels.mosaic_gpu.interpret import KernelError
-from tests.kernel_cases import CASES, FULL, GPU_CASES, Case, assert_attention, operands
+from tests.kernel_cases import CASES, FULL, GPU_CASES, Case, assert_attention, in_matrix, operands
 
 HOW: dict[str, Any] = {"implementation": "mosaic_gpu", "interpret": True}
 SHORT = [case for case in GPU_CASES if case.rows <= 1024]
 # Whole tiles under both orders of precedence of the warpgroups, a dtype each.
 RUNS = [(c, "bfloat16", False) for c in SHORT] + [(c, "float16", True) for c in SHORT if c not in CASES]
-each = pytest.mark.parametrize(("case", "dtype", "first"), RUNS, ids=lambda x: getattr(x, "name", None))
+each = pytest.mark.parametrize(("case", "dtype", "first"), [in_matrix(*run) for run in RUNS])
 
 
 def prepare(case: Case, dtype: str, first: bool, kernel: str, monkeypatch: pytest.MonkeyPatch) -> Case:

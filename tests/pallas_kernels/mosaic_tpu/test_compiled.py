@@ -22,6 +22,10 @@ KEY = ("kernel", "chip", "block", "head_dim", "dtype", "tokens", "ragged")
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 only")
 
 
+whole = pytest.mark.parametrize("rows", [pytest.param("all", marks=pytest.mark.matrix)], indirect=True)
+either = pytest.mark.parametrize("rows", ["few", pytest.param("all", marks=pytest.mark.matrix)], indirect=True)
+
+
 def key(row: dict[str, Any]) -> tuple[Any, ...]:
     return tuple(row[name] for name in KEY)
 
@@ -33,16 +37,23 @@ def run(*command: str) -> str:
 
 
 @pytest.fixture(scope="module")
-def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest) -> list[dict[str, Any]]:
     file = tmp_path_factory.mktemp("tpu") / "rows.json"
-    printed = run("-m", "benchmarks.tpu.static", "--cases", "all", "--json", str(file))
+    which = ["--cases", "all"] if request.param == "all" else ["--cases", "few", "--chip", "v5p", "--chip", "v6e"]
+    printed = run("-m", "benchmarks.tpu.static", *which, "--json", str(file))
     assert "NOTHING RAN ON A TPU" in printed
     assert "every target is met" in printed, printed
     return json.loads(file.read_text())
 
 
+@whole
 def test_every_case_compiles_for_every_chip(rows: list[dict[str, Any]]) -> None:
     assert sorted(map(key, rows)) == sorted(map(key, RECORDED))
+
+
+@either
+def test_what_compiles_fits(rows: list[dict[str, Any]]) -> None:
+    assert set(map(key, rows)) <= set(map(key, RECORDED))
     for row in rows:
         assert 0 < row["vmem_bytes"] <= VMEM[row["chip"]], row
         assert row["smem_bytes"] < 1 << 20, row
@@ -50,6 +61,7 @@ def test_every_case_compiles_for_every_chip(rows: list[dict[str, Any]]) -> None:
         assert row["hbm_temp_bytes"] < 8e9, row
 
 
+@whole
 def test_the_cases_are_those_that_users_run(rows: list[dict[str, Any]]) -> None:
     """Both head dims, dtypes and blocks, ragged, from VMEM and from HBM, at full scale."""
     for chip in CHIPS:
@@ -66,6 +78,7 @@ def test_the_cases_are_those_that_users_run(rows: list[dict[str, Any]]) -> None:
         assert set(heads) == {True, False}
 
 
+@either
 def test_a_regression_of_static_cycles_fails(rows: list[dict[str, Any]]) -> None:
     recorded = {key(row): row for row in RECORDED}
     slower = [
@@ -77,14 +90,16 @@ def test_a_regression_of_static_cycles_fails(rows: list[dict[str, Any]]) -> None
     assert not slower
 
 
+@either
 def test_the_cycles_are_those_of_a_known_product(rows: list[dict[str, Any]]) -> None:
     """A plain matrix product keeps the matrix units busy: what the schedule says must come out at their peak."""
     peaks = [row["mxu_percent"] for row in rows if row["kernel"] == "matmul"]
-    assert len(peaks) == 3
+    assert len(peaks) == len({row["chip"] for row in rows})
     # The 256-wide units of v6e wait a little for the accumulator.
     assert all(90 < peak <= 100 for peak in peaks), peaks
 
 
+@either
 def test_ours_need_fewer_cycles_a_block_than_splash(rows: list[dict[str, Any]]) -> None:
     splash = {row["chip"]: row["cycles_per_block"] for row in rows if row["kernel"] == "splash"}
     for row in rows:
@@ -117,17 +132,19 @@ shapes = [((2, 8, 2000, 128), jnp.bfloat16), ((2, 8, 16, 4), jnp.uint16), ((2, 8
 text = t.lower(sharded, [jax.ShapeDtypeStruct(*s) for s in shapes], mesh, spec).compile().as_text()
 assert text.count("tpu_custom_call") >= 3
 assert "all-gather" not in text and "all-to-all" not in text
+with jax.enable_x64(True):
+    t.lower(sharded, [jax.ShapeDtypeStruct(*s) for s in shapes], mesh, spec)
 print("compiled")
 """
 
 
-def test_the_whole_sampler_compiles() -> None:
+@pytest.mark.parametrize("chip", ["v6e", pytest.param("v5p", marks=pytest.mark.matrix)])
+def test_the_whole_sampler_compiles(chip: str) -> None:
     """HunyuanVideo at 13B sizes, 50 steps of all kinds, one layer of each sort, for one chip; its memory is printed."""
-    printed = run("-m", "benchmarks.tpu.sampler", "--layers", "1", "1")
+    printed = run("-m", "benchmarks.tpu.sampler", "--layers", "1", "1", "--chip", chip)
     print(printed)
     assert "NOTHING RAN" in printed
-    for chip in ("v5p", "v6e"):
-        assert chip in printed
+    assert chip in printed
 
 
 def test_heads_and_batch_shard_over_four_chips() -> None:
