@@ -109,7 +109,7 @@ def _wanted(
     unknown = sorted(set(given) - set(wanted) - set(negatives))
     if unknown:
         raise ValueError(
-            f"this model takes no {', '.join(unknown)}, but {', '.join(wanted)}; encode the prompts with its own pipeline"
+            f"this model takes no {', '.join(unknown)}, but {', '.join(wanted)}; encode the prompts with its pipeline"
         )
     return wanted | negatives if guided else wanted
 

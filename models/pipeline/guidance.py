@@ -11,9 +11,10 @@ from jax import Array
 
 @dataclass(frozen=True)
 class Guidance:
-    """How prompt and negative prompt are weighed; None takes the model's own. ValueError unless finite and not negative.
+    """How prompt and negative prompt are weighed; None takes the model's own.
 
-    A scale of classifier-free guidance of at most 1 turns it off, as in diffusers: the prompt alone, and half the work.
+    Raises ValueError for a scale that is negative or not finite. A scale of classifier-free guidance of at most 1
+    turns it off, as in diffusers: the prompt alone, and half the work.
     """
 
     scale: float | None = None

@@ -18,8 +18,8 @@ from models import schedulers
 from models.checkpoint.loading import expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
-from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.experts import boundary_ratio, describe
+from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.schedulers.seeds import check_seed, random_key

@@ -1,14 +1,35 @@
 """Latents to video, with the VAE of a checkpoint: the Flax decoders, or diffusers' for CogVideoX."""
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
-from models.checkpoint.safetensors_folder import read_json
+from models.checkpoint.safetensors_folder import is_finite, read_json
 from models.vae.load import load_vae, vae_folder
+
+
+def check_decoder(path: str | Path, channels: int) -> None:
+    """Raises what `decode_latents` would for latents of so many channels, before there are any.
+
+    A Flax decoder is loaded for it, and dropped.
+    """
+    folder = vae_folder(Path(path))
+    config: dict[str, Any] = read_json(folder / "config.json")
+    if config.get("_class_name") != "AutoencoderKLCogVideoX":
+        found = load_vae(folder).channels
+    else:
+        found = config.get("latent_channels", 16)
+        for name in ("torch", "diffusers"):
+            if find_spec(name) is None:
+                raise ImportError(f"decoding CogVideoX needs {name}: pip install 'adaspa_jax[torch]'")
+    if found != channels:
+        raise ValueError(
+            f"{folder} decodes latents of {found} channels, but the model samples {channels}; give the model's VAE"
+        )
 
 
 def decode_latents(
@@ -17,9 +38,11 @@ def decode_latents(
     """float32 video [B, 3, F', H', W'] in [-1, 1] of latents [B, C, F, H, W], tiled so that memory stays bounded.
 
     `path`: a diffusers `vae/` folder or the pipeline folder around it. `progress` gets the pieces done and in all.
-    Raises ValueError for a VAE that cannot be loaded or has other channels, ImportError without the `torch` extra for
-    CogVideoX.
+    Raises ValueError for a VAE that cannot be loaded or has other channels and for latents that are not finite,
+    ImportError without the `torch` extra for CogVideoX.
     """
+    if not is_finite(latents):
+        raise ValueError("latents have NaN or infinite values, which make no video; sample them again")
     folder = vae_folder(Path(path))
     config: dict[str, Any] = read_json(folder / "config.json")
     if config.get("_class_name") == "AutoencoderKLCogVideoX":

@@ -54,7 +54,14 @@ def test_compare_writes_everything(tiny_pipeline: Path, tmp_path: Path) -> None:
     call += ["--steps", "6", "--block-size", "16", "--sparsity", "0.75", *(x for p in PROMPTS for x in ("--prompt", p))]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert sorted(f.name for f in out.iterdir()) == ["blocks.png", "report.json", "sheet.png", "video.gif", "video.mp4"]
+    assert sorted(f.name for f in out.iterdir()) == [
+        "blocks.png",
+        "latents.safetensors",
+        "report.json",
+        "sheet.png",
+        "video.gif",
+        "video.mp4",
+    ]
     assert [f.name for f in tmp_path.iterdir() if f.name.startswith(".")] == []
 
     report = json.loads((out / "report.json").read_text())
@@ -80,7 +87,8 @@ def test_compare_writes_everything(tiny_pipeline: Path, tmp_path: Path) -> None:
 def test_dense_run_writes_no_block_picture(arguments: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     assert run(monkeypatch, *flat(arguments, "--dense")) == 0
     out = Path(arguments["--out"])
-    assert sorted(f.name for f in out.iterdir()) == ["report.json", "sheet.png", "video.gif", "video.mp4"]
+    files = ["latents.safetensors", "report.json", "sheet.png", "video.gif", "video.mp4"]
+    assert sorted(f.name for f in out.iterdir()) == files
     assert "density" not in json.loads((out / "report.json").read_text())
 
 
