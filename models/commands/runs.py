@@ -187,6 +187,8 @@ def decode_runs(vae: Path | None, saved: SavedLatents, dtype: str = "float32") -
     if broken := broken_runs(saved.runs):
         raise ValueError(f"the latents of the {broken[0]} run have NaN or infinite values; sample them again")
     if vae is None:
+        if (channels := next(iter(saved.runs.values())).shape[1]) != 3:
+            raise ValueError(f"this checkpoint samples pixels of 3 channels; the latents have {channels}")
         return {name: np.clip(values, -1, 1) for name, values in saved.runs.items()}
     from models.vae.decoding import decode_latents
 

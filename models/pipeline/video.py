@@ -134,7 +134,7 @@ def _predict(
             grid = model.layout((latents.shape[2], latents.shape[3], latents.shape[4]), 0).grid
             first = np.arange(np.prod(grid)) < grid[1] * grid[2]
             clean = condition is not None
-            times = jnp.where(first & clean, 0, times[:, None])
+            times = jnp.where(jnp.asarray(first & clean)[None], 0, times[:, None])
     if isinstance(model, CogVideoXTransformer):
         times = times.astype(jnp.int32)
         if model.config.ofs_embed_dim is not None:
