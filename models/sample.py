@@ -113,7 +113,7 @@ def main(
     from models.pipeline.words import takes_words
 
     scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
-    options = Options(preset, _changes(given), (frames, height, width), dtype, shift, scales, seed)
+    options = Options(preset, _changes(given), (frames, height, width), dtype, shift, scales, seed, compare, dense)
     words = takes_words(checkpoint)
     if words:
         refuse(given, WORDS)
@@ -122,14 +122,13 @@ def main(
             runs = Runs.of_words(checkpoint, prompt, options)
         else:
             runs = Runs.of_embeddings(checkpoint, prompt, embeddings, vae, options)
-        runs.require(compare=compare, sparse=not dense)
         samples = {}
         for name in ["dense"] * (dense or compare) + ["AdaSpa"] * (not dense):
             samples[name] = timed(name, runs.config.steps, runs.sample, dense=name == "dense")
             runs.keep(found, samples)
         report = runs.show(found, samples)
     console.print(f"{summary(report)}\nwrote {out}", highlight=False)
-    if not runs.pixels and runs.vae is None:
+    if not runs.shown:
         console.print("no VAE here: decode with python -m models.decode --checkpoint PIPELINE --latents ...")
 
 

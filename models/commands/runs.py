@@ -41,6 +41,8 @@ class Options:
     shift: float | None = None
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     seed: int = 0
+    compare: bool = False
+    dense: bool = False
 
 
 @dataclass(frozen=True)
@@ -81,7 +83,7 @@ class Runs:
                 "this checkpoint has no word encoder: give --embeddings FILE, made with python -m models.encode_prompt"
             )
         found = read_embeddings(embeddings)
-        names = read_prompts(embeddings, len(found.get("prompt_embeds", ())))
+        names = read_prompts(embeddings, *found.get("prompt_embeds", np.zeros(0)).shape[:1])
         if vae is None and (checkpoint / "vae/config.json").is_file():
             vae = checkpoint / "vae"
         if vae is not None and not vae.is_dir():
@@ -100,7 +102,7 @@ class Runs:
     def _checked(
         cls, pipeline: VideoPipeline, embeddings: Embeddings, prompts: list[str], options: Options, **rest: Any
     ) -> "Runs":
-        """ValueError for what the pipeline cannot sample, or would ignore."""
+        """ValueError for what the pipeline cannot sample or would ignore, ImportError for what files will need."""
         family, guidance = pipeline.family, options.guidance
         if guidance.scale is not None and family.embedded_guidance and not pipeline.experts[0].config.guidance_embeds:
             raise ValueError(f"--guidance {guidance.scale}: this model embeds no guidance; leave it out, or --true-cfg")
@@ -109,14 +111,16 @@ class Runs:
         config = family.config(options.preset, **options.changes)
         pipeline = pipeline.with_shift(options.shift)
         pipeline.plan(embeddings, config, size=size, guidance=guidance, seed=options.seed)
-        return cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, **rest)
+        runs = cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, **rest)
+        if runs.shown:
+            require("av", *["skimage.metrics"] * options.compare)
+        require(*["matplotlib.figure"] * (not options.dense))
+        return runs
 
-    def require(self, *, compare: bool, sparse: bool) -> None:
-        """ImportError for what is needed when all is sampled, and is not installed."""
-        if self.pixels or self.vae is not None:
-            require("av", *(["skimage.metrics"] if compare else []))
-        if sparse:
-            require("matplotlib.figure")
+    @property
+    def shown(self) -> bool:
+        """Whether there will be videos, not latents alone."""
+        return self.pixels or self.vae is not None
 
     def sample(self, *, dense: bool, **options: Any) -> LatentSample:
         """One run."""
@@ -164,7 +168,7 @@ class Runs:
     def show(self, results: Results, runs: dict[str, LatentSample]) -> dict[str, Any]:
         """Videos, if there is a VAE, and pictures, each in OUT as soon as it is whole; returns the report."""
         fields = self.fields(runs)
-        if self.pixels or self.vae is not None:
+        if self.shown:
             saved = self.saved(runs)
             videos = decode_runs(self.vae, saved)
             write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)

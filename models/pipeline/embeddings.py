@@ -45,7 +45,7 @@ def _narrow(x: Any, dtype: Any) -> np.ndarray:
         return np.asarray(x, dtype)
 
 
-def read_prompts(path: Path, count: int) -> list[str]:
+def read_prompts(path: Path, count: int = 0) -> list[str]:
     """The prompts that a file was made from, or numbers where it does not say."""
     from safetensors import safe_open
 

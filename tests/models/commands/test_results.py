@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from models.commands import media, report, runs
 from models.commands.files import ALL, results
 from models.pipeline.embeddings import write_tensors
 from models.pipeline.latents import SavedLatents, read_latents, write_latents
+from models.pipeline.video import VideoPipeline
 from models.vae import decoding
 from tests.models.commands.fakes import WORDS, Fakes, call, latent_arguments
 
@@ -202,3 +204,16 @@ def test_an_out_that_cannot_be_written_is_refused_before_any_work(tmp_path: Path
         with pytest.raises(ValueError, match=why), results(tmp_path / out):
             raise AssertionError
     assert names(tmp_path) == ["lost", "out"]
+
+
+def test_a_package_that_is_not_there_is_named_before_weights_are_read(
+    wan_pipeline: Path, tmp_path: Path, fakes: Fakes, monkeypatch, capsys
+) -> None:
+    monkeypatch.setattr(VideoPipeline, "with_weights", None)
+    for module, flags in (("av", ()), ("skimage.metrics", ("--compare",)), ("matplotlib.figure", ())):
+        with monkeypatch.context() as without:
+            without.setitem(sys.modules, module, None)
+            assert call(monkeypatch, sample.main, *given(wan_pipeline, tmp_path / "out", *flags)) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: {module} cannot be imported")
+    assert names(tmp_path) == []

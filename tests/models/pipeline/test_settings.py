@@ -70,7 +70,8 @@ def test_first_and_last_frame_make_the_video_of_diffusers(tmp_path: Path) -> Non
     save(tmp_path, pipe)
     rng = np.random.default_rng(3)
     first, last = (Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(2))
-    embeddings, noise = embeddings_of(11, 24), rng.standard_normal((1, 4, 2, 4, 4), np.float32)
+    # 512 text tokens: diffusers counts on them to find the image's.
+    embeddings, noise = embeddings_of(512, 24), rng.standard_normal((1, 4, 2, 4, 4), np.float32)
     given = {name: torch.from_numpy(x) for name, x in embeddings.items()}
     sizes = {"num_frames": 5, **sides}
     run = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "guidance_scale": 4.0}
