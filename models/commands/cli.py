@@ -7,6 +7,8 @@ from collections.abc import Callable
 
 import typer
 
+from models.commands.files import KEPT
+
 BAD_INPUT = (ValueError, NotImplementedError, OSError, ImportError, MemoryError, OverflowError)
 """What the person at the keyboard can mend: input, disk, memory, packages that are not installed."""
 _LIBRARIES = ("av", "safetensors")
@@ -29,7 +31,7 @@ def _out_of_memory(error: Exception) -> bool:
 
 
 def one_line(error: Exception) -> str:
-    """What is printed of an error: its message without line breaks, what to do, and its notes."""
+    """What is printed of an error: its message without line breaks, what to do, what is kept."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError) and "pip install" not in text:
         text += ": pip install 'adaspa_jax[demo]'"
@@ -39,7 +41,8 @@ def one_line(error: Exception) -> str:
         text += "; make room and run again"
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]}... (all of it with --debug)"
-    return "; ".join((text, *getattr(error, "__notes__", ())))
+    kept = [note for note in getattr(error, "__notes__", ()) if note.startswith(KEPT)]  # JAX adds notes of its own
+    return "; ".join((text, *kept))
 
 
 def run_cli(main: Callable[..., None]) -> None:

@@ -16,6 +16,9 @@ VIDEOS = ("video.mp4", "video.gif", "sheet.png")
 ALL = (LATENTS, REPORT, BLOCKS, *VIDEOS)
 """What `python -m models.sample` may write: in a folder that is used again these are an earlier run's."""
 
+KEPT = "kept in"
+"""How the note of an error begins that names what outlives it."""
+
 
 @dataclass
 class Results:
@@ -73,7 +76,7 @@ def results(out: Path, ours: tuple[str, ...] = ALL) -> Iterator[Results]:
         found.publish()
     except Exception as error:
         if found.kept:
-            error.add_note(f"kept in {out}: {', '.join(found.kept)}")
+            error.add_note(f"{KEPT} {out}: {', '.join(found.kept)}")
         raise
     finally:
         shutil.rmtree(stage, ignore_errors=True)

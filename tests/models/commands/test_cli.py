@@ -34,6 +34,7 @@ ENDS: dict[str, tuple[Exception, int, str]] = {
 @pytest.mark.parametrize("case", ENDS)
 def test_errors_are_one_line(case: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     error, code, message = ENDS[case]
+    error.add_note("For simplicity,\nJAX has removed its frames.")
 
     def main(debug: Annotated[bool, typer.Option("--debug")] = False) -> None:
         raise error
