@@ -38,6 +38,9 @@ def main(
         str | None, typer.Option(help="of the decoder: float32, bfloat16 or float16; default: float32")
     ] = None,
     fps: Annotated[int | None, typer.Option(help="playing speed; default: that of the model")] = None,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="files of the VAE may be links to elsewhere")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/decoded"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -53,11 +56,12 @@ def main(
 
     pixels = takes_words(checkpoint)
     if pixels:
-        refuse({"dtype": dtype}, PIXELS)
+        refuse({"dtype": dtype, "follow_links": follow_links}, PIXELS)
     saved = read_latents(latents)
     require("av")
     with results(out, _replaced(out, latents)) as found:
-        videos = decode_runs(None if pixels else checkpoint, saved, dtype or "float32")
+        vae = None if pixels else checkpoint
+        videos = decode_runs(vae, saved, dtype or "float32", follow_links=follow_links)
         write_runs(found.stage, videos, saved.prompts, fps or saved.fps, gif=pixels)
     console.print(f"wrote {out}", highlight=False)
 

@@ -101,6 +101,9 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="dense attention only")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run dense and AdaSpa from the same noise")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -113,7 +116,10 @@ def main(
     from models.pipeline.words import takes_words
 
     scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
-    options = Options(preset, _changes(given), (frames, height, width), dtype, shift, scales, seed, compare, dense)
+    size = (frames, height, width)
+    options = Options(
+        preset, _changes(given), size, dtype, shift, scales, seed, compare, dense, follow_links=follow_links
+    )
     words = takes_words(checkpoint)
     if words:
         refuse(given, WORDS)

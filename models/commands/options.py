@@ -24,7 +24,9 @@ DENSE = dict.fromkeys(
     "it is AdaSpa's, and a --dense run skips nothing",
 )
 """Of `models.sample`, with --dense. Block size and token order stay: dense attention runs in that layout too."""
-PIXELS = {"dtype": "what this checkpoint samples are pixels, which no decoder has to make"}
+PIXELS = dict.fromkeys(
+    ("dtype", "follow_links"), "what this checkpoint samples are pixels, which no decoder has to make"
+)
 """Of `models.decode`, with a checkpoint of pixels."""
 
 

@@ -43,6 +43,8 @@ class Options:
     seed: int = 0
     compare: bool = False
     dense: bool = False
+    follow_links: bool = False
+    """The files of checkpoint and VAE may be links out of their folders."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Runs:
     guidance: Guidance
     seed: int
     vae: Path | None = None
+    follow_links: bool = False
+    """Those of the VAE's folder."""
     pixels: bool = False
     """What is sampled are pixels, which need no VAE."""
 
@@ -65,7 +69,7 @@ class Runs:
         """Of a checkpoint of pixels with a word encoder. ValueError for what cannot be sampled."""
         if not prompts:
             raise ValueError("this checkpoint takes prompts; give at least one --prompt")
-        words = HunyuanVideoPipeline.load(checkpoint, options.dtype or "float32")
+        words = HunyuanVideoPipeline.load(checkpoint, options.dtype or "float32", follow_links=options.follow_links)
         return cls._checked(words.video_pipeline(), words.embed(prompts), prompts, options, pixels=True)
 
     @classmethod
@@ -76,7 +80,7 @@ class Runs:
 
         `prompts` are refused: the embeddings are of others.
         """
-        described = VideoPipeline.describe(checkpoint, options.dtype)
+        described = VideoPipeline.describe(checkpoint, options.dtype, follow_links=options.follow_links)
         refuse({"prompt": prompts}, LATENTS)
         if embeddings is None:
             raise ValueError(
@@ -92,11 +96,13 @@ class Runs:
         if vae is not None:
             from models.vae.decoding import check_decoder
 
-            check_decoder(vae, described.experts[0].config.out_channels)
+            check_decoder(vae, described.experts[0].config.out_channels, options.follow_links)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
-            return dataclasses.replace(runs, pipeline=runs.pipeline.with_weights(checkpoint, options.dtype, done))
+            links = options.follow_links
+            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, follow_links=links)
+            return dataclasses.replace(runs, pipeline=loaded, follow_links=links)
 
     @classmethod
     def _checked(
@@ -170,7 +176,7 @@ class Runs:
         fields = self.fields(runs)
         if self.shown:
             saved = self.saved(runs)
-            videos = decode_runs(self.vae, saved)
+            videos = decode_runs(self.vae, saved, follow_links=self.follow_links)
             write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)
             results.publish()
             fields |= distance(videos)
@@ -183,7 +189,9 @@ class Runs:
         return fields
 
 
-def decode_runs(vae: Path | None, saved: SavedLatents, dtype: str = "float32") -> dict[str, np.ndarray]:
+def decode_runs(
+    vae: Path | None, saved: SavedLatents, dtype: str = "float32", *, follow_links: bool = False
+) -> dict[str, np.ndarray]:
     """float32 videos [B, 3, F, H, W] in [-1, 1] of each run, with a progress bar; `vae` None: the latents are pixels.
 
     Raises ValueError for latents that are not finite, FloatingPointError for such videos.
@@ -201,7 +209,8 @@ def decode_runs(vae: Path | None, saved: SavedLatents, dtype: str = "float32") -
         for name, values in saved.runs.items():
             task = bar.add_task(f"decoding {name}", total=None)
             done = lambda count, total, task=task: bar.update(task, completed=count, total=total)
-            videos[name] = decode_latents(vae, values, dtype=dtype, progress=done)[:, :, saved.skip_frames :]
+            video = decode_latents(vae, values, dtype=dtype, progress=done, follow_links=follow_links)
+            videos[name] = video[:, :, saved.skip_frames :]
     if broken := broken_runs(videos):
         raise FloatingPointError(
             f"the {broken[0]} video decoded in {dtype} has NaN or infinite values; decode in float32, check the VAE"

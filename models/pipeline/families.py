@@ -176,11 +176,17 @@ def family_of(model: VideoTransformer, index: dict[str, Any] | None = None) -> F
     raise ValueError(f"{type(model).__name__} has no sampling defaults")
 
 
-def default_size(checkpoint: Path) -> VideoSize:
-    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
+def stored_family(checkpoint: Path) -> tuple[Family, VideoTransformer]:
+    """(family, model without weights) of a pipeline folder. Raises CheckpointError."""
     folder = checkpoint / "transformer"
     port, sizes = parse_config(folder, read_json(folder / "config.json"))
-    return family_of(abstract_model(port, sizes, "float32"), read_json(checkpoint / "model_index.json")).size
+    model = abstract_model(port, sizes, "float32")
+    return family_of(model, read_json(checkpoint / "model_index.json")), model
+
+
+def default_size(checkpoint: Path) -> VideoSize:
+    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
+    return stored_family(checkpoint)[0].size
 
 
 @dataclass(frozen=True)

@@ -156,11 +156,11 @@ class VideoPipeline:
     """Timestep below which the second expert takes over."""
 
     @classmethod
-    def describe(cls, path: str | Path, dtype: Any = None) -> "VideoPipeline":
+    def describe(cls, path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> "VideoPipeline":
         """What `load` loads, with shapes in place of weights: enough for `plan`. Raises ValueError as `load` does."""
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-        experts = tuple(describe(folder, dtype) for folder in expert_folders(path))
+        experts = tuple(describe(folder, dtype, follow_links) for folder in expert_folders(path))
         ratio = boundary_ratio(index, experts)
         family = family_of(experts[0], index | {"boundary_ratio": ratio})
         scheduler = family.scheduler
@@ -172,20 +172,32 @@ class VideoPipeline:
 
     @classmethod
     def load(
-        cls, path: str | Path, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+        cls,
+        path: str | Path,
+        dtype: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        follow_links: bool = False,
     ) -> "VideoPipeline":
         """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
 
-        `progress` gets the parameters of an expert loaded so far and in all. Raises ValueError for what cannot be read.
+        `progress` gets the parameters of an expert loaded so far and in all. `follow_links`: the files of the
+        transformers may be links out of their folders. Raises ValueError for what cannot be read.
         """
-        return cls.describe(path, dtype).with_weights(path, dtype, progress)
+        described = cls.describe(path, dtype, follow_links=follow_links)
+        return described.with_weights(path, dtype, progress, follow_links=follow_links)
 
     def with_weights(
-        self, path: str | Path, dtype: Any = None, progress: Callable[[int, int], None] | None = None
+        self,
+        path: str | Path,
+        dtype: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        follow_links: bool = False,
     ) -> "VideoPipeline":
         """With the experts of `path`, which this was described from; arguments as for `load`."""
-        folders = expert_folders(Path(path))
-        experts = tuple(from_pretrained(folder, dtype, progress=progress) for folder in folders)
+        options: dict[str, Any] = {"progress": progress, "follow_links": follow_links}
+        experts = tuple(from_pretrained(folder, dtype, **options) for folder in expert_folders(Path(path)))
         return dataclasses.replace(self, experts=experts)
 
     def with_shift(self, shift: float | None) -> "VideoPipeline":

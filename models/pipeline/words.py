@@ -54,13 +54,14 @@ class HunyuanVideoPipeline:
     size: PixelSize
 
     @classmethod
-    def load(cls, path: str | Path, dtype: Any = jnp.float32) -> "HunyuanVideoPipeline":
+    def load(cls, path: str | Path, dtype: Any = jnp.float32, *, follow_links: bool = False) -> "HunyuanVideoPipeline":
         """Reads a converted folder or a diffusers pipeline folder with scheduler and text encoder.
 
+        `follow_links`: the transformer's files may be links out of their folder.
         Raises ValueError for a checkpoint that cannot be read, and for one whose text encoder does not run here.
         """
         path = Path(path)
-        transformer = from_pretrained(path, dtype=dtype)
+        transformer = from_pretrained(path, dtype=dtype, follow_links=follow_links)
         parts = {}
         for name in ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
             if not (path / name).is_file():

@@ -44,15 +44,20 @@ class Fakes:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.calls: list[Any] = []
         self.latents: Callable[[bool, tuple[int, ...]], np.ndarray] = lambda dense, shape: np.zeros(shape, np.float32)
-        monkeypatch.setattr(video, "describe", describe)
-        monkeypatch.setattr(words, "from_pretrained", describe)
-        monkeypatch.setattr(VideoPipeline, "with_weights", lambda self, *rest: self)
+        monkeypatch.setattr(video, "describe", self.describe)
+        monkeypatch.setattr(words, "from_pretrained", self.describe)
+        monkeypatch.setattr(VideoPipeline, "with_weights", lambda self, *rest, **options: self)
         monkeypatch.setattr(VideoPipeline, "sample", lambda *given, **options: self.sample(*given, **options))
         monkeypatch.setattr(decoding, "check_decoder", lambda *given: None)
         monkeypatch.setattr(decoding, "decode_latents", self.decode)
         stub = lambda path, frames, fps: path.write_text(f"{len(frames)} frames at {fps}")
         monkeypatch.setattr(media, "write_mp4", stub)
         monkeypatch.setattr(media, "write_gif", stub)
+
+    def describe(self, path: Path, dtype: Any = None, follow_links: bool = False) -> Any:
+        if follow_links:
+            self.calls.append("follow_links")
+        return describe(path, dtype)
 
     def sample(self, pipe: Any, embeddings: Any, config: Any, **options: Any) -> LatentSample:
         options.pop("progress")
@@ -64,8 +69,8 @@ class Fakes:
         latents = self.latents(options["dense"], plan.shape)
         return LatentSample(latents, ((),), layout, config, (), 2.0, 1.0, "xla")
 
-    def decode(self, path: Path, latents: np.ndarray, *, dtype: str, progress: Any) -> np.ndarray:
-        self.calls.append((str(vae_folder(Path(path))), dtype))
+    def decode(self, path: Path, latents: np.ndarray, *, dtype: str, progress: Any, follow_links: bool) -> np.ndarray:
+        self.calls.append((str(vae_folder(Path(path))), dtype, follow_links))
         frames = 4 * (latents.shape[2] - 1) + 1
         video = np.resize(latents, (len(latents), 3, frames, *latents.shape[3:])).repeat(8, 3).repeat(8, 4)
         return video.astype(np.float32)

@@ -36,6 +36,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "dtype": ["--dtype", "bfloat16"],
         "dense": ["--dense"],
         "compare": ["--compare"],
+        "follow_links": ["--follow-links"],
         "out": ["--out", "another"],
         "debug": ["--debug"],
     },
@@ -63,6 +64,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "dst": ["another"],
         "dtype": ["--dtype", "bfloat16"],
         "overwrite": ["--overwrite"],
+        "follow_links": ["--follow-links"],
         "debug": ["--debug"],
     },
 }
@@ -90,12 +92,12 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "dynamic_guidance": "is CogVideoX's",
         "share_cfg_indices": ["--share-cfg-indices"],
     },
-    ("decode", "words"): {"dtype": "pixels, which no decoder has to make"},
-    ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"]},
+    ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
+    ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
 }
 REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog"}
 """Values of options that are refused; numbers get 2."""
-FLAGS = ("dynamic_guidance", "share_cfg_indices")
+FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links")
 BROKEN = {"sample": ["--seed", -1], "decode": ["--fps", 0]}
 """What --debug shows a traceback of."""
 
