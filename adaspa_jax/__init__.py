@@ -3,7 +3,7 @@
 from adaspa_jax.attention import adaspa_attention
 from adaspa_jax.config import PRESETS, Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
-from adaspa_jax.report import Report, draw_blocks, summarize
+from adaspa_jax.report import Report, draw_blocks, json_values, summarize
 from adaspa_jax.sampling import History, Scheduler, denoise, scan_steps
 from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
 from adaspa_jax.search import Selection, head_tiers, select_blocks
@@ -25,6 +25,7 @@ __all__ = [
     "denoise",
     "draw_blocks",
     "head_tiers",
+    "json_values",
     "scan_steps",
     "select_blocks",
     "step_kinds",

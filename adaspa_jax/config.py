@@ -1,8 +1,11 @@
 """SparseConfig: everything the result of AdaSpa depends on, validated once."""
 
 import math
+import operator
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import get_args
+from numbers import Real
+from typing import Any, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -16,6 +19,23 @@ PRESETS = {
     "balanced": {"sparsity": 0.8},
     "fast": {"sparsity": 0.9},
 }
+
+
+def _whole(name: str, value: Any) -> int:
+    """`value` as an int; ValueError for a fraction, a float that happens to be whole, a truth value."""
+    try:
+        if not isinstance(value, bool | np.bool_):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise ValueError(f"{name}: {value!r} must be a whole number")
+
+
+def _number(name: str, value: Any) -> float:
+    """`value` as a float; ValueError for what is none, and for NaN and infinity."""
+    if isinstance(value, bool) or not isinstance(value, Real) or not math.isfinite(value):
+        raise ValueError(f"{name}={value!r} must be a finite number")
+    return float(value)
 
 
 @dataclass(frozen=True)
@@ -57,21 +77,35 @@ class SparseConfig:
     """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
 
     def __post_init__(self) -> None:
+        self._normalise()
         if not 0 <= self.sparsity < 1:
             raise ValueError(f"sparsity={self.sparsity} must be in [0, 1)")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two, such as 64 or 128")
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
-        # Lists would make the config unhashable, so no static argument of a jitted function.
-        for name in ("search_steps", "dense_layers"):
-            if getattr(self, name) is not None:
-                object.__setattr__(self, name, tuple(getattr(self, name)))
         self._check_steps(self.search)
         if self.token_order not in get_args(TokenOrder):
             raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
+
+    def _normalise(self) -> None:
+        """Plain Python values, which hash and compare: a config is a static argument of jitted functions."""
+        for name in ("block_size", "steps", "dense_last_steps"):
+            object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        for name in ("search_steps", "dense_layers"):
+            value = getattr(self, name)
+            if value is not None:
+                if not isinstance(value, Iterable):
+                    raise ValueError(f"{name}={value!r} must be a tuple of whole numbers")
+                object.__setattr__(self, name, tuple(_whole(name, x) for x in value))
+        for name in ("sparsity", "recall_threshold"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("head_adaptive", "row_wise", "lse_cache", "share_cfg_indices"):
+            if not isinstance(getattr(self, name), bool | np.bool_):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be True or False")
+            object.__setattr__(self, name, bool(getattr(self, name)))
 
     def _check_steps(self, search: tuple[int, ...]) -> None:
         if list(search) != sorted(set(search)):
@@ -80,6 +114,8 @@ class SparseConfig:
             raise ValueError(f"search_steps={search} must be in 1 .. steps={self.steps}")
         if not 0 <= self.dense_last_steps <= self.steps:
             raise ValueError(f"dense_last_steps={self.dense_last_steps} must be in 0 .. steps={self.steps}")
+        if self.search_steps and search[-1] > self.steps - self.dense_last_steps:
+            raise ValueError(f"search_steps={search}: the last {self.dense_last_steps} of {self.steps} steps are dense")
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> "SparseConfig":

@@ -1,5 +1,7 @@
 """What a run really did: realised density, recall, staleness of the LSE cache; pictures of block masks."""
 
+import dataclasses
+import math
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -21,16 +23,41 @@ def _layers(tree: Any, axis: int = 0) -> np.ndarray:
     return np.concatenate([np.asarray(x) for x in jax.tree.leaves(tree)], axis=axis)
 
 
+def json_values(tree: Any) -> Any:
+    """A report as JSON can hold it: dataclasses become objects, NumPy's values Python's, tuples lists.
+
+    Figures that JSON has no number for: infinite ones are the strings "Infinity" and "-Infinity" (the PSNR of equal
+    videos), and NaN, which stands for a figure that does not exist (the recall of a run without a search), is null.
+    """
+    if dataclasses.is_dataclass(tree) and not isinstance(tree, type):
+        tree = dataclasses.asdict(tree)
+    if isinstance(tree, dict):
+        return {key.item() if isinstance(key, np.generic) else key: json_values(x) for key, x in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [json_values(x) for x in tree]
+    if isinstance(tree, np.ndarray | np.generic | jax.Array):
+        return json_values(np.asarray(tree).tolist())
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return None if math.isnan(tree) else "Infinity" if tree > 0 else "-Infinity"
+    return tree
+
+
+def _mean(values: np.ndarray) -> float:
+    """NaN of nothing, without a warning."""
+    return float(values.mean()) if values.size else math.nan
+
+
 @dataclass(frozen=True)
 class Report:
-    """Figures of one run, over its sparse layers; NL layers."""
+    """Figures of one run, over its sparse layers; NL layers. NaN: nothing to measure. `json_values` spells it."""
 
     density: float
-    """Share of the block pairs of video rows that a sparse step computes; exact."""
+    """Share of the block pairs of video rows that a sparse step computes; exact. NaN if all layers are dense."""
     density_by_layer: list[float]
-    """[NL] the same by layer."""
+    """[NL] the same by layer; 1 for a dense one."""
     recall: float
-    """Share of the attention mass in the kept blocks at the base budget, mean over searches, layers, samples, heads."""
+    """Share of the attention mass in the kept blocks at the base budget, mean over searches, layers, samples, heads.
+    NaN without a search or a sparse layer."""
     recall_by_search: dict[int, list[list[float]]]
     """Search step -> [NL][H], mean over the batch."""
     drift_by_search: dict[int, list[list[float]]]
@@ -50,7 +77,7 @@ def summarize(
 ) -> Report:
     """Collects a Report from what `denoise` returned; `state` is its pytree of layer-stacked SparseStates.
 
-    `kinds` and `first` of a run of `scan_steps`: its StepKinds, among them a search, and its first step.
+    `kinds` and `first` of a run of `scan_steps`: its StepKinds and its first step.
     """
     counts = _layers(jax.tree.map(lambda s: s.counts, state, is_leaf=lambda x: isinstance(x, SparseState)))
     sparse = np.setdiff1d(np.arange(len(counts)), config.dense_layers)
@@ -61,9 +88,9 @@ def summarize(
     searches = [i for i, kind in enumerate(kinds) if kind in (StepKind.FUSED_SEARCH, StepKind.CACHED_SEARCH)]
     by_search = lambda x: {first + i: x[i].mean(1).round(6).tolist() for i in searches}
     return Report(
-        density=float(density[sparse].mean()),
+        density=_mean(density[sparse]),
         density_by_layer=density.tolist(),
-        recall=float(recall[searches][:, sparse].mean()),
+        recall=_mean(recall[searches][:, sparse]),
         recall_by_search=by_search(recall),
         drift_by_search=by_search(drift),
         step_kinds={kind.name.lower(): (np.flatnonzero(kinds == kind) + first).tolist() for kind in StepKind},
@@ -98,7 +125,7 @@ def draw_blocks(state: Any, layout: TokenLayout, sample: int = 0, heads: int = 6
         top, bottom = (figure.add_subplot(2, len(chosen), column + 1 + i * len(chosen)) for i in (0, 1))
         top.imshow(np.maximum(mass, 1e-4), norm=LogNorm(1e-2, layout.block), cmap="magma", interpolation="nearest")
         bottom.imshow(kept, cmap=ListedColormap(["#f2f2f2", "#1f4e79"]), interpolation="nearest")
-        recall = mass[kept].sum() / mass.sum()
+        recall = mass[kept].sum() / (mass.sum() or 1)
         top.set_title(f"layer {layer}, head {head}\nblock mass", fontsize=9)
         bottom.set_title(f"kept {kept.mean():.0%}, recall {recall:.0%}", fontsize=9)
         for axes in (top, bottom):

@@ -1,4 +1,4 @@
-"""The command: `python -m convert SRC DST [--dtype float32|bfloat16] [--overwrite]`."""
+"""The command: `python -m convert SRC DST [--dtype float32|bfloat16] [--overwrite] [--follow-links]`."""
 
 import logging
 from pathlib import Path
@@ -20,6 +20,9 @@ def main(
     dst: Annotated[Path, typer.Argument(help="folder to write; must not exist")],
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's own")] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="replace an earlier conversion")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="the files of SRC may be links to elsewhere")
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Converts a PyTorch video DiT checkpoint for the Flax ports."""
@@ -32,10 +35,11 @@ def main(
     with Progress(*columns, console=console) as bar:
         task = bar.add_task("converting", total=None)
         done = lambda written, total: bar.update(task, completed=written, total=total)
-        convert(src, dst, dtype=DTYPES[dtype] if dtype else None, overwrite=overwrite, progress=done)
+        stored = DTYPES[dtype] if dtype else None
+        convert(src, dst, dtype=stored, overwrite=overwrite, progress=done, follow_links=follow_links)
     console.print(f"wrote {dst}: {bar.tasks[0].total:,} parameters", highlight=False)
 
 
 if __name__ == "__main__":
-    logging.getLogger("absl").setLevel(logging.ERROR)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)  # names at exit what failed beside the first error
     run_cli(main)

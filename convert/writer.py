@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 
 from models.checkpoint.key_table import Leaf
 from models.checkpoint.loading import FORMAT_VERSION, MARK, WEIGHTS, Source, nested, open_source
+from models.checkpoint.orbax_errors import STILL, reason_of, silenced
 from models.checkpoint.safetensors_folder import CheckpointError, inside, read_json
 
 SMALL = 32 * 1024 * 1024
@@ -24,6 +26,15 @@ SMALL = 32 * 1024 * 1024
 SIDE_FILES = ("model_index.json", "scheduler/scheduler_config.json")
 
 Progress = Callable[[int, int], None]
+
+
+def _check_space(source: Source, dst: Path, dtype: np.dtype) -> None:
+    """CheckpointError for a disk that is surely too small: orbax compresses, but not to a half."""
+    needed, free = sum(leaf.size for leaf in source.leaves) * dtype.itemsize // 2, shutil.disk_usage(dst.parent).free
+    if free < needed:
+        raise CheckpointError(
+            f"DST {dst} needs {2 * needed / 1e9:.1f} GB, and its disk has {free / 1e9:.1f} free; choose another disk"
+        )
 
 
 def _check_destination(source: Source, dst: Path, overwrite: bool) -> None:
@@ -41,6 +52,26 @@ def _check_destination(source: Source, dst: Path, overwrite: bool) -> None:
     converted = (dst / "config.json").is_file() and MARK in read_json(dst / "config.json")
     if dst.is_symlink() or not dst.is_dir() or (any(dst.iterdir()) and not converted):
         raise CheckpointError(f"DST {dst} exists and is no converted checkpoint; --overwrite does not replace it")
+
+
+def _remove(folder: Path) -> None:
+    """Removes a folder that threads of a failed orbax may still write to: until none does."""
+    deadline = time.monotonic() + 20 * STILL
+    quiet = time.monotonic() + STILL
+    while time.monotonic() < min(quiet, deadline):
+        if folder.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            quiet = time.monotonic() + STILL
+        time.sleep(STILL / 10)
+
+
+@contextmanager
+def _one_error(dst: Path) -> Iterator[None]:
+    """Whatever orbax raises becomes an OSError of one line."""
+    try:
+        yield
+    except Exception as error:  # tensorstore's are ValueErrors
+        raise OSError(f"DST {dst} cannot be written ({reason_of(error)}); nothing is left behind") from error
 
 
 @contextmanager
@@ -65,6 +96,9 @@ def _staged(dst: Path) -> Iterator[Path]:
         if dst.exists():
             os.rename(dst, old)
         os.rename(stage, dst)
+    except OSError:
+        _remove(stage)
+        raise
     finally:
         for leftover in (stage, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -91,22 +125,25 @@ def _merge(tree: dict[str, Any], other: dict[str, Any]) -> dict[str, Any]:
     return tree
 
 
-def _write_weights(source: Source, folder: Path, dtype: np.dtype, progress: Progress) -> None:
+def _write_weights(source: Source, stage: Path, dst: Path, dtype: np.dtype, progress: Progress) -> None:
     """All parameters, a group at a time; holds one group in memory."""
+    folder = (stage / WEIGHTS).absolute()
     total, written = sum(leaf.size for leaf in source.leaves), 0
     dtypes = source.dtypes(dtype)
     for group in _groups(source.leaves, dtype.itemsize):
         tree: dict[str, Any] = {}
         for leaf in group:
             _merge(tree, nested(leaf.path, leaf.read(source.tensors, dtypes[leaf.path])))
-        ocp.partial.save(folder, tree)
+        with _one_error(dst):
+            ocp.partial.save(folder, tree)
         del tree
         written += sum(leaf.size for leaf in group)
         progress(written, total)
-    ocp.partial.finalize(folder)
+    with _one_error(dst):
+        ocp.partial.finalize(folder)
 
 
-def _copy_side_files(source: Source, stage: Path) -> None:
+def _copy_side_files(source: Source, stage: Path, follow_links: bool) -> None:
     """Scheduler, pipeline index and, for the demo, the text encoder: what sampling needs besides the transformer."""
     root = source.path.parent
     if not (root / "model_index.json").is_file():
@@ -118,13 +155,19 @@ def _copy_side_files(source: Source, stage: Path) -> None:
     for name in names:
         path = root / name
         if path.is_file():
-            inside(path.parent, path.name)
+            inside(path.parent, path.name, follow_links)
             (stage / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(path, stage / name)
 
 
 def convert(
-    src: Path, dst: Path, *, dtype: np.dtype | None = None, overwrite: bool = False, progress: Progress | None = None
+    src: Path,
+    dst: Path,
+    *,
+    dtype: np.dtype | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+    follow_links: bool = False,
 ) -> Path:
     """Converts the checkpoint `src` to the folder `dst`.
 
@@ -134,20 +177,23 @@ def convert(
       dtype: of the written weights, but of those that the architecture holds in float32; None keeps the checkpoint's.
       overwrite: replace an earlier conversion.
       progress: called with the numbers of parameters written so far and in all.
+      follow_links: the files of `src` may be links out of its folder; else only to the blobs of its own hub cache.
 
     Returns:
       `dst`.
 
     Raises:
       CheckpointError: bad input; nothing is left behind.
+      OSError: a disk that cannot be read or written; nothing is left behind.
     """
-    source = open_source(src)
+    source = open_source(src, follow_links)
     _check_destination(source, dst, overwrite)
     dtype = np.dtype(dtype or source.dtype)
-    with _staged(dst) as stage:
-        _write_weights(source, (stage / WEIGHTS).absolute(), dtype, progress or (lambda written, total: None))
-        _copy_side_files(source, stage)
+    _check_space(source, dst, dtype)
+    with silenced(), _staged(dst) as stage:
+        _write_weights(source, stage, dst, dtype, progress or (lambda written, total: None))
+        _copy_side_files(source, stage, follow_links)
         mark = {"format": FORMAT_VERSION, "dtype": dtype.name, "source": source.format}
         config = {k: v for k, v in source.config.items() if k != "_name_or_path"}
-        (stage / "config.json").write_text(json.dumps(config | {MARK: mark}, indent=2) + "\n")
+        (stage / "config.json").write_text(json.dumps(config | {MARK: mark}, indent=2) + "\n", encoding="utf-8")
     return dst

@@ -15,8 +15,13 @@ def from_pretrained(
     dtype: Any = None,
     sharding: "Placement | None" = None,
     progress: "Progress | None" = None,
+    *,
+    follow_links: bool = False,
 ) -> "VideoTransformer":
-    """Loads a transformer; see `models.loading.from_pretrained`. Imported late: the demo's training needs no flax."""
+    """Loads a transformer; see `models.checkpoint.loading.from_pretrained`.
+
+    Imported late: the demo's training needs no flax.
+    """
     from models.checkpoint import loading
 
-    return loading.from_pretrained(path, dtype, sharding, progress)
+    return loading.from_pretrained(path, dtype, sharding, progress, follow_links=follow_links)

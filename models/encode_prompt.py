@@ -8,8 +8,10 @@ diffusers, whose code runs. Needs the `torch` extra. The file holds what `python
 """
 
 import dataclasses
+import importlib
 import json
 import logging
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Annotated, Any
@@ -19,9 +21,10 @@ import typer
 from rich.console import Console
 
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
+from models.checkpoint.weight_files import variant_of, weights_file
 from models.commands.cli import run_cli
 from models.pipeline.embeddings import NEGATIVE, Embeddings, write_tensors
-from models.pipeline.families import VideoSize, default_size
+from models.pipeline.families import VideoSize, default_size, stored_family
 
 console = Console(stderr=True)
 PIPELINES = {
@@ -33,22 +36,54 @@ PIPELINES = {
     "WanImageToVideoPipeline": "wan",
 }
 """diffusers class -> family."""
+_ALIASES = {"WanDMDPipeline": "WanPipeline"}
+"""Class that others save a pipeline with -> diffusers class with the same encoders."""
 _BRANCHES = ("prompt_embeds", NEGATIVE + "prompt_embeds")
-_OPTIONAL = ("transformer", "transformer_2", "vae", "image_encoder", "image_processor")
+_OF_IMAGES = ("vae", "image_encoder", "image_processor")
+_LIBRARIES = ("diffusers", "transformers")
+
+
+def _unusual_parts(checkpoint: Path, index: dict[str, Any], left_out: set[str], dtypes: dict[str, Any]) -> Any:
+    """The parts of a pipeline that its own loading does not find: saved as a variant, or as .bin.
+
+    Raises CheckpointError for a part without weights. Pickles are read with `weights_only`, in both libraries.
+    """
+    import torch
+
+    parts = {}
+    for name, value in index.items():
+        if name in left_out or not isinstance(value, list) or len(value) != 2 or value[0] not in _LIBRARIES:
+            continue
+        create: Any = getattr(importlib.import_module(value[0]), str(value[1]), None)
+        if not (isinstance(create, type) and issubclass(create, torch.nn.Module)):
+            continue  # a tokenizer or a scheduler
+        file = weights_file(checkpoint / name, follow_links=True)
+        if file is None:
+            raise CheckpointError(f"{checkpoint / name} holds no weights; download it again")
+        pickled, variant = ".bin" in file.name, variant_of(file)
+        if pickled or variant is not None:
+            options = {"dtype": dtypes.get(name, dtypes["default"]), "use_safetensors": not pickled}
+            options |= {"low_cpu_mem_usage": False, "local_files_only": True}
+            model: Any = create
+            parts[name] = model.from_pretrained(checkpoint / name, variant=variant, **options)
+    return parts
 
 
 def load_encoders(checkpoint: Path, *, image: bool, dtype: str = "float32", device: str | None = None) -> Any:
     """The diffusers pipeline of a folder with its text encoders, and with VAE and image encoder for an `image`.
 
     Raises CheckpointError for a folder or class that cannot be used, ImportError, saying what to install, without the
-    `torch` extra. Weights are read from safetensors alone, never unpickled.
+    `torch` extra. `dtype` is that of the text encoders: VAE and image encoder are float32, as in the models' own
+    examples. No pickle is run: .bin files are read with `weights_only`.
     """
     if not (checkpoint / "model_index.json").is_file():
         raise CheckpointError(f"{checkpoint} has no model_index.json; give a whole diffusers pipeline folder")
     index = read_json(checkpoint / "model_index.json")
-    name = index.get("_class_name")
+    name = _ALIASES.get(str(index.get("_class_name")), index.get("_class_name"))
     if name not in PIPELINES:
-        raise CheckpointError(f"{checkpoint}: pipeline {name!r} is not supported; supported: {', '.join(PIPELINES)}")
+        raise CheckpointError(
+            f"{checkpoint}: pipeline {name!r} is not supported; supported: {', '.join((*PIPELINES, *_ALIASES))}"
+        )
     if image and "ImageToVideo" not in name:
         raise CheckpointError(f"{checkpoint} is a {name}, which takes no --image; leave it out")
     if not image and name == "HunyuanVideoImageToVideoPipeline":
@@ -58,11 +93,16 @@ def load_encoders(checkpoint: Path, *, image: bool, dtype: str = "float32", devi
         import torch
     except ImportError as error:
         raise ImportError(f"encoding needs PyTorch ({error}): pip install 'adaspa_jax[torch]'") from error
-    left_out = {part: None for part in _OPTIONAL if part in index and (part.startswith("transformer") or not image)}
-    options: dict[str, Any] = {"dtype": getattr(torch, dtype), "low_cpu_mem_usage": False}
+    config = SimpleNamespace(**read_json(checkpoint / "transformer/config.json"))
+    unused = ("transformer", "transformer_2", *(() if image else _OF_IMAGES))
+    left_out = {part: None for part in unused if part in index}
+    dtypes = {part: torch.float32 for part in _OF_IMAGES if image and part in index}
+    dtypes |= {"default": getattr(torch, dtype)}
+    parts = _unusual_parts(checkpoint, index, set(left_out), dtypes)
+    options: dict[str, Any] = {"dtype": dtypes, "low_cpu_mem_usage": False}
     options |= {"local_files_only": True, "use_safetensors": True}
-    pipe = getattr(diffusers, name).from_pretrained(checkpoint, **left_out, **options)
-    pipe.transformer = SimpleNamespace(config=SimpleNamespace(**read_json(checkpoint / "transformer/config.json")))
+    pipe = getattr(diffusers, name).from_pretrained(checkpoint, **left_out, **parts, **options)
+    pipe.transformer = SimpleNamespace(config=config)
     return pipe.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -126,27 +166,65 @@ def encode_image(pipe: Any, image: Any, count: int, size: VideoSize) -> Embeddin
     return found
 
 
+def read_picture(path: Path) -> Any:
+    """An RGB PIL image, upright, as diffusers' load_image makes it. Raises ValueError for what is no picture."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(path) as file:
+            return ImageOps.exif_transpose(file).convert("RGB")
+    except Exception as error:  # whatever a damaged picture makes of it
+        raise ValueError(f"--image {path} cannot be read as a picture ({error}); give a PNG or JPEG file") from error
+
+
+def video_size(checkpoint: Path, size: tuple[int | None, int | None, int | None]) -> VideoSize:
+    """The video that frames, height and width ask for; None: the model's own. ValueError if it cannot make that."""
+    own = default_size(checkpoint)
+    given = {name: n for name, n in zip(("frames", "height", "width"), size, strict=True) if n is not None}
+    for name, n in given.items():
+        if type(n) is not int or n < 1:
+            raise ValueError(f"--{name} {n} must be a whole number of at least 1")
+    wanted = dataclasses.replace(own, **given)
+    if wanted != own:
+        family, model = stored_family(checkpoint)
+        family.latent_shape(wanted, model)
+    return wanted
+
+
 def encode(
     checkpoint: Path, prompts: list[str], negative: str | None, image: Path | None, size: Any, dtype: str
 ) -> Embeddings:
-    """The embeddings of prompts, and of an image for a video of `size`, three numbers or None each."""
+    """The embeddings of prompts, and of an image for a video of `size`, three numbers or None each.
+
+    Raises ValueError for a picture, a size or a checkpoint that cannot be used, before anything is loaded.
+    """
+    picture = None if image is None else read_picture(image)
+    wanted = None if image is None else video_size(checkpoint, size)
+    pipe = load_encoders(checkpoint, image=image is not None, dtype=dtype)
     import torch
 
-    pipe = load_encoders(checkpoint, image=image is not None, dtype=dtype)
     family = PIPELINES[type(pipe).__name__]
-    picture = None
-    if image is not None:
-        from PIL import Image
-
-        picture = Image.open(image).convert("RGB")
     with torch.no_grad():
         negative = "" if negative is None and family != "hunyuan" else negative
         found = encode_text(pipe, prompts, negative, picture if family == "hunyuan" else None)
-        if picture is not None:
-            own = default_size(checkpoint)
-            wanted = VideoSize(*(given or value for given, value in zip(size, dataclasses.astuple(own), strict=True)))
+        if wanted is not None:
             found |= encode_image(pipe, picture, len(prompts), wanted)
     return found
+
+
+def decoded(text: str) -> str:
+    """An argument of the command line as UTF-8, where a locale such as C has left its bytes undecoded.
+
+    Raises ValueError if it is not UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        try:
+            return os.fsencode(text).decode()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{text!a} is no text in UTF-8; set the locale that it was typed in") from error
+    return text
 
 
 def main(
@@ -159,7 +237,7 @@ def main(
     frames: Annotated[int | None, typer.Option(help="of the video, with --image")] = None,
     height: Annotated[int | None, typer.Option(help="pixels, with --image")] = None,
     width: Annotated[int | None, typer.Option(help="pixels, with --image")] = None,
-    dtype: Annotated[str, typer.Option(help="of the encoders: float32 or bfloat16")] = "bfloat16",
+    dtype: Annotated[str, typer.Option(help="of the text encoders: float32 or bfloat16")] = "bfloat16",
     out: Annotated[Path, typer.Option(help="file to write")] = Path("prompts.safetensors"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -168,10 +246,14 @@ def main(
         raise ValueError(f"--dtype {dtype} must be float32 or bfloat16")
     if not out.absolute().parent.is_dir():
         raise ValueError(f"--out {out}: its folder does not exist; make it first")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out} cannot be written; name a file in a folder you may write to")
     if image is not None and not image.is_file():
         raise ValueError(f"--image {image} does not exist")
     if image is None and (frames, height, width) != (None, None, None):
         raise ValueError("--frames, --height and --width go with --image; else they are given to models.sample")
+    prompt = [decoded(text) for text in prompt]
+    negative = None if negative is None else decoded(negative)
     found = encode(checkpoint, prompt, negative, image, (frames, height, width), dtype)
     write_tensors(out, found, {"prompts": json.dumps(prompt)})
     console.print(f"wrote {out}: {', '.join(f'{k} {list(v.shape)}' for k, v in found.items())}", highlight=False)

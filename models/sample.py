@@ -4,11 +4,11 @@
     python -m models.sample --checkpoint CKPT --embeddings prompts.safetensors --preset balanced --out out/run
 
 A checkpoint with a word encoder, such as the embedded one, takes prompts; all others take the embeddings that
-`python -m models.encode_prompt` writes. OUT gets video.mp4, sheet.png and report.json; of latents also
-latents.safetensors, for `python -m models.decode`; of a small sparse run blocks.png.
+`python -m models.encode_prompt` writes. OUT gets latents.safetensors, for `python -m models.decode`, and report.json
+as soon as a run is done, and an earlier run's files go; then video.mp4 and sheet.png, and of a small sparse run
+blocks.png. Exit code 1: the latents are not finite; 2: anything else that is no bug.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,12 +18,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.commands.cli import run_cli
-from models.commands.files import staged
+from models.commands.files import results
+from models.commands.options import DENSE, WORDS, is_given, refuse
 
 console = Console(stderr=True)
 _DTYPES = ("float32", "bfloat16")
-MASS_LIMIT = 1 << 30
-"""Of the block mass kept for blocks.png, in bytes."""
 
 
 def timed(name: str, steps: int, sample: Any, **options: Any) -> Any:
@@ -38,9 +37,32 @@ def timed(name: str, steps: int, sample: Any, **options: Any) -> Any:
     return run
 
 
-def _overrides(**options: Any) -> dict[str, Any]:
+def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
-    return {name: value for name, value in options.items() if value not in (None, ())}
+    named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
+    names = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", *named)
+    return {named.get(name, name): given[name] for name in names if is_given(given[name])}
+
+
+def _check(given: dict[str, Any]) -> None:
+    """ValueError for options that cannot be, or not together, whatever the checkpoint."""
+    from adaspa_jax import SparseConfig
+    from models.pipeline.families import VideoSize
+    from models.schedulers.seeds import check_seed
+
+    if given["dense"] and given["compare"]:
+        raise ValueError("--dense and --compare exclude each other; --compare runs dense too")
+    if given["dense"]:
+        refuse(given, DENSE)
+    if given["preset"] is not None and given["sparsity"] is not None:
+        raise ValueError(
+            f"--preset {given['preset']} and --sparsity {given['sparsity']} both set the sparsity; give one"
+        )
+    if given["dtype"] not in (None, *_DTYPES):
+        raise ValueError(f"--dtype {given['dtype']} must be one of {', '.join(_DTYPES)}")
+    check_seed(given["seed"])
+    VideoSize(*(1 if given[name] is None else given[name] for name in ("frames", "height", "width")))
+    SparseConfig.preset(given["preset"] or "balanced", **_changes(given))
 
 
 def main(
@@ -50,9 +72,9 @@ def main(
     frames: Annotated[int | None, typer.Option(help="frames of the video; default: the model's")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
-    preset: Annotated[str, typer.Option(help="quality, balanced or fast")] = "balanced",
+    preset: Annotated[str | None, typer.Option(help="quality, balanced or fast; default: balanced")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: the model's")] = None,
-    seed: Annotated[int, typer.Option(help="seed of the initial noise")] = 0,
+    seed: Annotated[int, typer.Option(help="of the initial noise, 0 to 2^64 - 1")] = 0,
     sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
     search_step: Annotated[
@@ -64,9 +86,13 @@ def main(
     share_cfg_indices: Annotated[
         bool, typer.Option("--share-cfg-indices", help="one search for both branches of guidance")
     ] = False,
-    guidance: Annotated[float | None, typer.Option(help="guidance scale; default: the model's")] = None,
+    guidance: Annotated[
+        float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")
+    ] = None,
     guidance_low_noise: Annotated[float | None, typer.Option(help="of Wan 2.2's second expert")] = None,
-    true_cfg: Annotated[float, typer.Option(help="classifier-free guidance besides an embedded scale")] = 1.0,
+    true_cfg: Annotated[
+        float | None, typer.Option(help="classifier-free guidance besides an embedded scale; default: off")
+    ] = None,
     dynamic_guidance: Annotated[bool, typer.Option("--dynamic-guidance", help="CogVideoX's")] = False,
     shift: Annotated[
         float | None, typer.Option(help="time shift of a flow scheduler; default: the checkpoint's")
@@ -75,48 +101,41 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="dense attention only")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run dense and AdaSpa from the same noise")] = False,
+    follow_links: Annotated[
+        bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
+    ] = False,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
     """Samples one video for each prompt."""
-    if dense and compare:
-        raise ValueError("--dense and --compare exclude each other; --compare runs dense too")
-    if dtype is not None and dtype not in _DTYPES:
-        raise ValueError(f"--dtype {dtype} must be one of {', '.join(_DTYPES)}")
-    from adaspa_jax import SparseConfig
-    from models.commands.runs import LatentRuns, WordRuns, takes_words
+    given = dict(locals())
+    _check(given)
+    from models.commands.report import summary
+    from models.commands.runs import Options, Runs
+    from models.pipeline.guidance import Guidance
+    from models.pipeline.words import takes_words
 
-    changes = _overrides(
-        sparsity=sparsity,
-        block_size=block_size,
-        steps=steps,
-        search_steps=tuple(search_step or ()),
-        token_order=token_order,
-        dense_layers=tuple(dense_layer or ()),
-        dense_last_steps=dense_last_steps,
-        share_cfg_indices=share_cfg_indices or None,
+    scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
+    size = (frames, height, width)
+    options = Options(
+        preset, _changes(given), size, dtype, shift, scales, seed, compare, dense, follow_links=follow_links
     )
-    SparseConfig.preset(preset, **changes)  # refuses bad values before anything is loaded
     words = takes_words(checkpoint)
-    with staged(out) as stage:
-        runs: WordRuns | LatentRuns
+    if words:
+        refuse(given, WORDS)
+    with results(out) as found:
         if words:
-            runs = WordRuns.load(checkpoint, prompt, preset, changes, dtype)
+            runs = Runs.of_words(checkpoint, prompt, options)
         else:
-            from models.pipeline.video import Guidance
-
-            scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
-            runs = LatentRuns.load(checkpoint, embeddings, preset, changes, dtype, shift, scales, vae)
-            runs = runs.sized(frames, height, width)
-        found = {}
-        if dense or compare:
-            found["dense"] = timed("dense", runs.config.steps, runs.sample, seed=seed, dense=True)
-        if not dense:
-            keep = runs.mass_bytes() <= MASS_LIMIT
-            found["AdaSpa"] = timed("AdaSpa", runs.config.steps, runs.sample, seed=seed, keep_mass=keep)
-        report = runs.write(stage, found, seed)
-        (stage / "report.json").write_text(json.dumps(report, indent=2, allow_nan=False) + "\n")
-    console.print(f"{runs.summary(report)}\nwrote {out}", highlight=False)
+            runs = Runs.of_embeddings(checkpoint, prompt, embeddings, vae, options)
+        samples = {}
+        for name in ["dense"] * (dense or compare) + ["AdaSpa"] * (not dense):
+            samples[name] = timed(name, runs.config.steps, runs.sample, dense=name == "dense")
+            runs.keep(found, samples)
+        report = runs.show(found, samples)
+    console.print(f"{summary(report)}\nwrote {out}", highlight=False)
+    if not runs.shown:
+        console.print("no VAE here: decode with python -m models.decode --checkpoint PIPELINE --latents ...")
 
 
 if __name__ == "__main__":

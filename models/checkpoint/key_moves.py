@@ -26,6 +26,10 @@ class TensorView(Protocol):
     def shape(self) -> tuple[int, ...]:
         """As PyTorch has it."""
 
+    @property
+    def problem(self) -> str | None:
+        """Why it cannot be a weight, as an error message; None: it can."""
+
     def read(self) -> np.ndarray:
         """The values; without a copy where they lie in one piece."""
 
@@ -51,6 +55,11 @@ class Rows:
     def shape(self) -> tuple[int, ...]:
         """The tensor's, with as many rows as the ranges have."""
         return (sum(end - begin for begin, end in self.ranges), *self.tensor.shape[1:])
+
+    @property
+    def problem(self) -> str | None:
+        """The tensor's."""
+        return self.tensor.problem
 
     def read(self) -> np.ndarray:
         """A view for one range, else a copy."""

@@ -12,12 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from models.checkpoint.formats import to_diffusers, unknown_format
 from models.checkpoint.inferred_config import WAN_CLASS, infer_config, wan_config
 from models.checkpoint.key_moves import Format, TensorView
-from models.checkpoint.key_table import Leaf, plan
+from models.checkpoint.key_table import Leaf, map_keys, plan
+from models.checkpoint.orbax_errors import reason_of, silenced
 from models.checkpoint.registry import PORTS, Port
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
-from models.checkpoint.weight_files import expert_folders, read_weights, to_diffusers, unknown_format, weights_file
+from models.checkpoint.weight_files import expert_folders, read_weights, weights_file
 from models.transformers.base import TransformerConfig, VideoTransformer
 
 __all__ = ["CheckpointError", "Source", "expert_folders", "from_pretrained", "open_source"]
@@ -51,11 +53,15 @@ class Source:
 
     @property
     def dtype(self) -> np.dtype:
-        """The dtype of most weights: some stay float32 in a bfloat16 checkpoint, and in the model."""
+        """The dtype of most weights: some stay float32 in a bfloat16 checkpoint, and in the model.
+
+        float32 for float64.
+        """
         count: Counter[np.dtype] = Counter()
         for tensor in self.tensors.values():
             count[tensor.dtype] += math.prod(tensor.shape)
-        return max(count, key=lambda dtype: (count[dtype], dtype.itemsize))
+        most = max(count, key=lambda dtype: (count[dtype], dtype.itemsize))
+        return np.dtype(np.float32) if most == np.float64 else most
 
     def dtypes(self, dtype: Any) -> dict[tuple[str, ...], np.dtype]:
         """NNX path -> dtype of every parameter of a model of `dtype`."""
@@ -80,8 +86,11 @@ def transformer_folder(path: Path) -> Path:
     raise CheckpointError(f"{path} is no checkpoint: neither config.json nor transformer/config.json is in it")
 
 
-def locate(path: Path) -> Path:
-    """The folder with config.json or the file of weights that `path` means. Raises CheckpointError."""
+def locate(path: Path, follow_links: bool = False) -> Path:
+    """The folder with config.json or the file of weights that `path` means. Raises CheckpointError.
+
+    `follow_links`: the file may be a link out of its folder.
+    """
     if not _existing(path).is_dir():
         return path
     if len(expert_folders(path)) > 1:
@@ -90,9 +99,13 @@ def locate(path: Path) -> Path:
     configs = ("config.json", "transformer/config.json", "model_index.json")  # a pipeline is never without config
     if not any((path / name).is_file() for name in configs):
         for folder in (path, path / "transformer", path / "transformers"):
-            if folder.is_dir() and (file := weights_file(folder)):
+            if folder.is_dir() and (file := weights_file(folder, follow_links)):
                 return file
     return transformer_folder(path)
+
+
+_KINDS = {"Autoencoder": ", a VAE,", "WanVACE": ", Wan with VACE,", "VaceWan": ", Wan with VACE,"}
+"""Beginnings of the names of classes that are not ported -> what they are."""
 
 
 def parse_config(path: Path, config: dict[str, Any]) -> tuple[Port, TransformerConfig]:
@@ -102,8 +115,8 @@ def parse_config(path: Path, config: dict[str, Any]) -> tuple[Port, TransformerC
     """
     file = path / "config.json" if path.is_dir() else path
     name = config.get("_class_name")
-    if name not in PORTS:
-        kind = ", a VAE," if str(name).startswith("Autoencoder") else ""
+    if not isinstance(name, str) or name not in PORTS:
+        kind = next((kind for start, kind in _KINDS.items() if str(name).startswith(start)), "")
         raise CheckpointError(f"{file}: class {name!r}{kind} is not supported; supported: {', '.join(PORTS)}")
     try:
         return PORTS[name], PORTS[name].config.from_dict(config)
@@ -144,24 +157,41 @@ def _config(path: Path, known: Format | None, tensors: dict[str, TensorView]) ->
     return path, config
 
 
-def open_source(path: Path) -> Source:
+def _weights(tensors: dict[str, TensorView], port: Port) -> dict[str, TensorView]:
+    """Without the buffers beside them: integers, booleans and float64 under no key of the model.
+
+    Raises CheckpointError for weights of a dtype that is not supported.
+    """
+    unmatched = set(map_keys(tensors, port.rules)[1])
+    kept = {}
+    for key, tensor in tensors.items():
+        if key in unmatched and (tensor.problem or tensor.dtype == np.float64):
+            continue
+        if tensor.problem:
+            raise CheckpointError(tensor.problem)
+        kept[key] = tensor
+    return kept
+
+
+def open_source(path: Path, follow_links: bool = False) -> Source:
     """Opens a checkpoint and checks config, shards, keys and shapes. Raises CheckpointError.
 
     A diffusers folder, or original weights: a file of safetensors or of PyTorch, an index of shards, or a folder with
-    one of them. The keys tell the format.
+    one of them. The keys tell the format. `follow_links`: files of the folder may be links out of it.
     """
-    path = locate(path)
+    path = locate(path, follow_links)
     if path.is_dir():
         config = read_json(path / "config.json")
         if MARK in config:
             raise CheckpointError(f"{path} is already converted; give the original checkpoint")
         if config.get("_class_name") != WAN_CLASS:
             parse_config(path / "config.json", config)  # before the weights, which may be of anything
-    known, tensors = to_diffusers(read_weights(path))
+    known, tensors = to_diffusers(path, read_weights(path, follow_links))
     file, config = _config(path, known, tensors)
     port, sizes = parse_config(file, config)
     if known is not None and known.class_name != config["_class_name"]:
         raise CheckpointError(f"{file} says {config['_class_name']}, but the weights are of a {known.class_name}")
+    tensors = _weights(tensors, port)
     shapes = parameter_shapes(abstract_model(port, sizes, jnp.float32))
     origin = "the config inferred from their shapes" if file == path else "config.json"
     leaves = plan(tensors, port.rules, shapes, port.stacks, origin)
@@ -201,9 +231,10 @@ def _read_converted(
         sharding = _sharding(placement, path, leaf.shape) or default
         node[path[-1]] = jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
     try:
-        tree = ocp.load((folder / WEIGHTS).absolute(), abstract)
-    except (ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({error}); convert it again") from error
+        with silenced():
+            tree = ocp.load((folder / WEIGHTS).absolute(), abstract)
+    except Exception as error:  # whatever orbax makes of a damaged folder
+        raise CheckpointError(f"{folder / WEIGHTS} cannot be read ({reason_of(error)}); convert it again") from error
     for path, value in jax.tree_util.tree_flatten_with_path(tree)[0]:
         yield tuple(str(key.key) for key in path), value  # type: ignore[attr-defined]
 
@@ -233,23 +264,29 @@ def _stream(
 
 
 def from_pretrained(
-    path: str | Path, dtype: Any = None, sharding: Placement | None = None, progress: Progress | None = None
+    path: str | Path,
+    dtype: Any = None,
+    sharding: Placement | None = None,
+    progress: Progress | None = None,
+    *,
+    follow_links: bool = False,
 ) -> VideoTransformer:
     """Loads a transformer, parameter by parameter, straight onto its devices.
 
     Args:
       path: a converted folder; a diffusers folder, a transformer's or a pipeline's root; or original weights: a
         .safetensors or .pt file, an index of shards, or a folder with one of them. A lone file takes its config from a
-        config.json beside it, else from its shapes (`models.inferred_config` says what they leave open).
+        config.json beside it, else from its shapes (`models.checkpoint.inferred_config` says what they leave open).
       dtype: None keeps the checkpoint's; parameters that the architecture holds in float32 stay so.
       sharding: of all parameters, or a function of NNX path and shape that gives each one's; every device reads its
         own slice. None: the default device.
       progress: called with the numbers of parameters loaded so far and in all.
+      follow_links: the files of a folder may be links out of it; else only to the blobs of its own hub cache.
 
     Raises:
       CheckpointError: a ValueError, for anything that cannot be loaded whole.
     """
-    folder = locate(Path(path))
+    folder = locate(Path(path), follow_links)
     config = read_json(folder / "config.json") if folder.is_dir() else {}
     if MARK in config:
         stored = jnp.dtype(config[MARK]["dtype"]) if isinstance(config[MARK], dict) else None
@@ -257,7 +294,7 @@ def from_pretrained(
         model = abstract_model(port, sizes, jnp.dtype(dtype or stored))
         values = _read_converted(folder, config, sharding)
     else:
-        source = open_source(folder)
+        source = open_source(folder, follow_links)
         model = abstract_model(source.port, source.sizes, jnp.dtype(dtype or source.dtype))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters(model).items()}
         values = _stream(source, dtypes, sharding)

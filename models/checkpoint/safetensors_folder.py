@@ -1,6 +1,6 @@
-"""Reads safetensors files, alone or in shards, by memory map, trusting nothing in them.
+"""Reads safetensors files by memory map, trusting nothing in them, and keeps names and links inside a checkpoint.
 
-Works for bfloat16, which numpy's own reader lacks, and never leaves the checkpoint's folder.
+Works for bfloat16, which numpy's own reader lacks.
 """
 
 import json
@@ -15,7 +15,21 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-DTYPES = {"BF16": np.dtype(ml_dtypes.bfloat16), "F16": np.dtype(np.float16), "F32": np.dtype(np.float32)}
+DTYPES = {
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F16": np.dtype(np.float16),
+    "F32": np.dtype(np.float32),
+    "F64": np.dtype(np.float64),
+}
+"""Of weights, as safetensors names them."""
+_OTHER_DTYPES = {
+    "BOOL": np.dtype(np.bool_),
+    "C64": np.dtype(np.complex64),
+    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
+}
+"""Of what lies beside weights: counters, tables, quantised weights."""
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = SINGLE + ".index.json"
 _HEADER_LIMIT = 100 * 1024 * 1024  # the limit of the safetensors format
@@ -26,9 +40,9 @@ class CheckpointError(ValueError):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object, or CheckpointError."""
+    """A JSON object in UTF-8, with or without a byte order mark, or CheckpointError."""
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is not valid JSON ({error}); download it again") from error
     if not isinstance(content, dict):
@@ -36,21 +50,36 @@ def read_json(path: Path) -> dict[str, Any]:
     return content
 
 
-def _allowed_root(folder: Path) -> Path:
-    """The folder files may resolve into: itself, or a hub cache's repository, whose snapshots link to its blobs."""
+def _allowed_roots(folder: Path) -> list[Path]:
+    """The folders files may resolve into: itself, and the blobs that the snapshots of a hub's cache link to."""
     resolved = folder.resolve()
-    for parent in resolved.parents:
-        if parent.name == "snapshots" and (parent.parent / "blobs").is_dir():
-            return parent.parent
-    return resolved
+    snapshots = [parent for parent in resolved.parents if parent.name == "snapshots"]
+    return [resolved, *((parent.parent / "blobs").resolve() for parent in snapshots)]
 
 
-def inside(folder: Path, name: str) -> Path:
-    """`folder / name`, or CheckpointError if that leaves the folder, itself or through a link."""
+def inside(folder: Path, name: str, follow_links: bool = False) -> Path:
+    """`folder / name`. CheckpointError if the name leaves the folder, or a link does unless `follow_links`."""
     path = folder / name
-    if Path(name).name != name or not path.resolve().is_relative_to(_allowed_root(folder)):
+    if Path(name).name != name:
         raise CheckpointError(f"{folder}: file name {name!r} leaves the checkpoint's folder; refused")
+    if path.is_symlink() and not path.exists():
+        raise CheckpointError(f"{path} is a link to {path.readlink()}, which does not exist; download it again")
+    target = path.resolve()
+    if not follow_links and not any(target.is_relative_to(root) for root in _allowed_roots(folder)):
+        raise CheckpointError(
+            f"{path} is a link to {target}, which leaves the checkpoint's folder; to allow that, pass --follow-links, "
+            "or follow_links=True in Python"
+        )
     return path
+
+
+def dtype_problem(path: Path, key: str, name: str, supported: Iterable[str]) -> str | None:
+    """Why a tensor of the dtype `name`, as its file spells it, is no weight; None: it is one."""
+    if name in supported:
+        return None
+    if re.match(r"F8_|float8", name):
+        return f"{path} is quantised to fp8 (tensor {key!r} is {name}); give the unquantised weights"
+    return f"{path}: tensor {key!r} is {name}; supported are {', '.join(supported)}: use an unquantised file"
 
 
 @dataclass(frozen=True)
@@ -61,12 +90,17 @@ class Tensor:
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
+    problem: str | None = None
+    """Why it cannot be a weight, as an error message; None: it can."""
 
     def read(self) -> np.ndarray:
-        """A read-only view of the file's pages; costs no memory until used."""
+        """A read-only view of the file's pages; costs no memory until used. CheckpointError if the file is gone."""
         if math.prod(self.shape) == 0:
             return np.empty(self.shape, self.dtype)
-        return np.memmap(self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        try:
+            return np.memmap(self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{self.file} cannot be read any more ({error}); give it again") from error
 
 
 def _read_header(path: Path) -> tuple[dict[str, Any], int]:
@@ -96,66 +130,20 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
         well_formed = False
     if not well_formed:
         raise CheckpointError(f"{path}: tensor {key!r} has a corrupt header entry; download it again")
-    if name.startswith("F8_"):
-        raise CheckpointError(f"{path} is quantised to fp8 (tensor {key!r} is {name}); give the unquantised weights")
-    if name not in DTYPES:
-        supported = ", ".join(DTYPES)
-        raise CheckpointError(f"{path}: tensor {key!r} is {name}; supported are {supported}: use an unquantised file")
-    dtype, available = DTYPES[name], path.stat().st_size - start
-    if end - begin != math.prod(shape) * dtype.itemsize or end > available:
+    dtype, available = (DTYPES | _OTHER_DTYPES).get(name), path.stat().st_size - start
+    size = end - begin if dtype is None else math.prod(shape) * dtype.itemsize
+    if end - begin != size or end > available:
         raise CheckpointError(
             f"{path}: tensor {key!r} {name}{list(shape)} lies at bytes {begin}-{end} of {available}: "
             "the file is truncated or corrupt; download it again"
         )
-    return Tensor(path, start + begin, dtype, shape)
+    return Tensor(path, start + begin, dtype or np.dtype(np.void), shape, dtype_problem(path, key, name, DTYPES))
 
 
-def refuse_keys(path: Path, keys: Iterable[str]) -> None:
-    """CheckpointError for what is no model by itself, or a quantised one."""
-    for key in keys:
-        if re.search(r"(^|[._])(lora_(A|B|up|down)\b|hada_w|lokr_w)", key) or key.endswith(".alpha"):
-            raise CheckpointError(
-                f"{path} is a LoRA (it has {key!r}), no transformer; merge it into its base model and give that"
-            )
-        if re.search(r"(^|\.)(scaled_fp8$|(scale_weight|weight_scale)(\.|$))", key):
-            raise CheckpointError(f"{path} is quantised to fp8 (it has {key!r}); give the unquantised weights")
-
-
-def read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. Raises CheckpointError."""
-    if not path.is_file():
-        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, download it again")
+def read_safetensors(path: Path) -> dict[str, Tensor]:
+    """Where all tensors of one safetensors file lie. Raises CheckpointError."""
     header, start = _read_header(path)
-    refuse_keys(path, header)
     return {key: _read_entry(path, key, entry, start) for key, entry in header.items()}
-
-
-def read_index(index: Path) -> dict[str, Tensor]:
-    """All tensors of the shards that an index lists, in its folder. Raises CheckpointError."""
-    folder = index.parent
-    weight_map = read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
-        raise CheckpointError(f"{index} has no valid weight_map; download it again")
-    tensors: dict[str, Tensor] = {}
-    for shard in sorted(set(weight_map.values())):
-        found = read_file(inside(folder, shard))
-        listed = {key for key, name in weight_map.items() if name == shard}
-        if set(found) != listed:
-            odd = sorted(set(found) ^ listed)
-            raise CheckpointError(f"{folder / shard} and its index disagree on {len(odd)} keys, such as {odd[0]!r}")
-        tensors |= found
-    return tensors
-
-
-def read_folder(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder with one safetensors file, or with shards and their index. Raises CheckpointError."""
-    if (folder / INDEX).exists():
-        return read_index(inside(folder, INDEX))
-    if (folder / SINGLE).exists():
-        return read_file(inside(folder, SINGLE))
-    raise CheckpointError(
-        f"{folder} holds neither {SINGLE} nor {INDEX}; give the folder of a diffusers transformer or VAE"
-    )
 
 
 def is_finite(x: np.ndarray) -> bool:

@@ -1,52 +1,100 @@
-"""Finds and opens the weights of a checkpoint, whatever it was published as, and names its format by its keys."""
+"""Finds and opens the weights of a checkpoint, of a transformer or a VAE, whatever they were saved as."""
 
-import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable
 from pathlib import Path
 
-import ml_dtypes
-import numpy as np
-
-from models.checkpoint import cogvideox_keys, hunyuan_keys, wan_keys
-from models.checkpoint.key_moves import Format, TensorView, move
 from models.checkpoint.safetensors_folder import (
     INDEX,
     SINGLE,
     CheckpointError,
     Tensor,
-    read_file,
-    read_folder,
-    read_index,
+    inside,
     read_json,
-    refuse_keys,
+    read_safetensors,
 )
+from models.checkpoint.torch_file import read_torch
 
-FORMATS = (*hunyuan_keys.FORMATS, *cogvideox_keys.FORMATS, *wan_keys.FORMATS)
-PREFIXES = ("", "model.diffusion_model.", "model.model.", "diffusion_model.", "model.", "module.")
-"""Of all keys, depending on who saved the file."""
 _TORCH_SUFFIXES = (".pt", ".pth", ".ckpt", ".bin")
 _SUFFIXES = (".safetensors", ".gguf", *_TORCH_SUFFIXES)
-_INDEX_SUFFIX = ".safetensors.index.json"
-_TORCH_DTYPES = {"bfloat16": np.dtype(ml_dtypes.bfloat16), "float16": np.float16, "float32": np.float32}
-_WRAPPERS = ("module", "model", "state_dict")
-"""Keys under which a training checkpoint holds the weights."""
-_VAE_KEY = re.compile(r"(?:.*\.)?decoder\.(?:conv|mid|up|head).*")
-"""A decoder of images, which no text encoder has."""
+_KIND = r"\.(?:safetensors|pt|pth|ckpt|bin)"
+_INDEX = re.compile(rf"(?P<stem>.+)(?P<kind>{_KIND})\.index(?:\.(?P<variant>.+))?\.json")
+_SHARD = re.compile(rf"(?P<stem>.+?)-?0*(?P<number>\d+)-of-0*(?P<count>\d+)(?P<rest>.*){_KIND}")
+_STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
+"""Of the files of diffusers and transformers."""
+_PLAIN = tuple(
+    f"{stem}.{kind}{index}" for stem in _STEMS for kind in ("safetensors", "bin") for index in (".index.json", "")
+)
+"""As `save_pretrained` names them without a variant, in the order in which diffusers prefers them."""
+_VARIANTS = tuple(
+    re.compile(f"(?:{'|'.join(_STEMS)})" + pattern)
+    for kind in ("safetensors", "bin")
+    for pattern in (rf"\.{kind}\.index\.(?P<variant>.+)\.json", rf"\.(?P<variant>.+)\.{kind}")
+)
+_TRAINER_FILE = re.compile(r"(optimizer|scheduler|scaler|training_args|(random|rng)_states?(_\d+)?)\..+")
+"""What trainers leave beside the weights."""
 
 
-def weights_file(folder: Path) -> Path | None:
-    """The one file of weights, or the one index of shards, of a folder without config.json.
+def _is_shard(name: str) -> bool:
+    """Whether a file of that name holds only a part of the weights."""
+    match = _SHARD.fullmatch(name)
+    return match is not None and int(match["count"]) > 1
 
-    None if there is none; CheckpointError if there are several.
+
+def _candidates(names: list[str]) -> list[str]:
+    """The names of whole sets of weights that a folder may mean: of equal rank, the best."""
+    for name in _PLAIN:
+        if name in names:
+            return [name]
+    whole = [name for name in names if not _is_shard(name)]
+    variants: dict[str, str] = {}
+    for regex in _VARIANTS:
+        for match in filter(None, map(regex.fullmatch, whole)):
+            variants.setdefault(match["variant"], match.string)
+    if variants:
+        return sorted(variants.values())
+    return [name for name in whole if _INDEX.fullmatch(name)] or [
+        name for name in whole if name.endswith(_SUFFIXES) and not _TRAINER_FILE.fullmatch(name)
+    ]
+
+
+def _lost_index(shard: Path) -> CheckpointError:
+    """The error for a shard without its index."""
+    match = _SHARD.fullmatch(shard.name)
+    assert match is not None
+    stem, variant = match["stem"], match["rest"]
+    if re.match(r"\w*model\.", stem) and not variant:  # a variant of diffusers or transformers
+        stem, dot, name = stem.partition(".")
+        variant = dot + name
+    name = f"{stem}{shard.suffix}.index{variant}.json"
+    return CheckpointError(
+        f"{shard} is one of {match['count']} shards, and the index that lists them is missing; download {name} too"
+    )
+
+
+def weights_file(folder: Path, follow_links: bool = False) -> Path | None:
+    """The one file of weights, or the one index of shards, that a folder means; None if there is none.
+
+    As diffusers chooses: without a variant before with one, safetensors before .bin, shards before a file. Raises
+    CheckpointError for several of equal rank, for shards without an index, and for links out of the folder unless
+    `follow_links`.
     """
-    files = [path for path in sorted(folder.iterdir()) if path.is_file()]
-    indices = [path for path in files if path.name.endswith(_INDEX_SUFFIX)]
-    found = indices or [path for path in files if path.suffix in _SUFFIXES]
+    names = sorted(path.name for path in folder.iterdir() if path.is_symlink() or path.is_file())
+    names = [name for name in names if not name.startswith(".")]
+    found = _candidates(names)
     if len(found) > 1:
-        names = ", ".join(path.name for path in found)
-        raise CheckpointError(f"{folder} holds several files of weights; give one of them: {names}")
-    return found[0] if found else None
+        raise CheckpointError(f"{folder} holds several files of weights; give one of them: {', '.join(found)}")
+    if found:
+        return inside(folder, found[0], follow_links)
+    if shards := [name for name in names if _is_shard(name)]:
+        raise _lost_index(folder / shards[0])
+    return None
+
+
+def variant_of(file: Path) -> str | None:
+    """The variant that a file of weights or an index was saved as, such as "fp16"; None: none."""
+    found = (regex.fullmatch(file.name) for regex in _VARIANTS)
+    return next((match["variant"] for match in found if match), None)
 
 
 def expert_folders(path: Path) -> list[Path]:
@@ -68,91 +116,66 @@ def expert_folders(path: Path) -> list[Path]:
     return folders
 
 
-def _read_torch(path: Path) -> dict[str, Tensor]:
-    """Where the tensors of a PyTorch file lie; its pickle may hold nothing but tensors, and none is loaded."""
-    try:
-        import torch
-        from torch._subclasses.fake_tensor import FakeTensorMode
-    except ImportError as error:
-        raise CheckpointError(
-            f"{path} is a PyTorch file, and reading it needs PyTorch; install the extra `torch`, or give safetensors"
-        ) from error
-    try:
-        with FakeTensorMode():
-            content = torch.load(path, mmap=True, weights_only=True)
-    except Exception as error:  # whatever a damaged or hostile pickle makes of it
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path} cannot be read: {reason}; it is damaged, of PyTorch before 1.6, or holds more than tensors"
-        ) from error
-    while isinstance(content, Mapping) and (
-        inner := [content[k] for k in _WRAPPERS if isinstance(content.get(k), Mapping)]
-    ):
-        content = inner[0]
-    if not isinstance(content, Mapping):
-        raise CheckpointError(f"{path} holds a {type(content).__name__}, no named tensors")
-    tensors: dict[str, Tensor] = {}
-    size = path.stat().st_size
-    for key, value in content.items():
-        if not isinstance(value, torch.Tensor):
-            continue
-        name = str(value.dtype).removeprefix("torch.")
-        if name.startswith("float8"):
-            raise CheckpointError(
-                f"{path} is quantised to fp8 (tensor {key!r} is {name}); give the unquantised weights"
-            )
-        if name not in _TORCH_DTYPES:
-            raise CheckpointError(
-                f"{path}: tensor {key!r} is {name}; supported are {', '.join(_TORCH_DTYPES)}: use an unquantised file"
-            )
-        dtype, shape = np.dtype(_TORCH_DTYPES[name]), tuple(value.shape)
-        offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
-        if offset is None or not value.is_contiguous():
-            raise CheckpointError(f"{path}: tensor {key!r} does not lie in one piece; save the file again")
-        offset += value.storage_offset() * dtype.itemsize
-        if offset + math.prod(shape) * dtype.itemsize > size:
-            raise CheckpointError(f"{path}: tensor {key!r} lies beyond the end of the file; download it again")
-        tensors[str(key)] = Tensor(path, offset, dtype, shape)
-    return tensors
-
-
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file (safetensors, an index of shards, PyTorch), or of a folder. Raises CheckpointError."""
-    if path.is_dir():
-        if (path / INDEX).exists() or (path / SINGLE).exists() or not (file := weights_file(path)):
-            return read_folder(path)
-        path = file
-    if path.name.endswith(_INDEX_SUFFIX):
-        return read_index(path)
-    with path.open("rb") as file_:
-        magic = file_.read(4)
-    if magic == b"GGUF":
+def _read_file(path: Path) -> dict[str, Tensor]:
+    """All tensors of one file, whose content tells what it is."""
+    if not path.exists():
+        raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, download it again")
+    if not path.is_file():
+        raise CheckpointError(f"{path} is no file; give the file or folder of a checkpoint")
+    with path.open("rb") as file:
+        begin = file.read(24)
+    if begin.startswith(b"GGUF"):
         raise CheckpointError(f"{path} is a GGUF file, quantised; give the unquantised weights, as safetensors or .pt")
-    if magic[:2] != b"PK" and path.suffix not in _TORCH_SUFFIXES:
-        return read_file(path)
-    tensors = _read_torch(path)
-    refuse_keys(path, tensors)
+    if begin.startswith(b"version https://git-lfs"):
+        raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; download them: git lfs pull")
+    if begin.startswith(b"PK") or (path.suffix in _TORCH_SUFFIXES and begin[8:9] != b"{"):
+        return read_torch(path)
+    return read_safetensors(path)
+
+
+def _read_index(index: Path, follow_links: bool) -> dict[str, Tensor]:
+    """All tensors of the shards that an index lists, in its folder."""
+    folder = index.parent
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+        raise CheckpointError(f"{index} has no valid weight_map; download it again")
+    tensors: dict[str, Tensor] = {}
+    for shard in sorted(set(weight_map.values())):
+        found = _read_file(inside(folder, shard, follow_links))
+        listed = {key for key, name in weight_map.items() if name == shard}
+        if set(found) != listed:
+            odd = sorted(set(found) ^ listed)
+            raise CheckpointError(f"{folder / shard} and its index disagree on {len(odd)} keys, such as {odd[0]!r}")
+        tensors |= found
     return tensors
 
 
-def to_diffusers(tensors: Mapping[str, TensorView]) -> tuple[Format | None, dict[str, TensorView]]:
-    """(format, the tensors under diffusers' keys); (None, as they are) for keys of no known format."""
-    for prefix in PREFIXES:
-        if not all(key.startswith(prefix) for key in tensors):
-            continue
-        keys = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
-        for known in FORMATS:
-            if known.fits(keys):
-                return known, keys if known.moves is None else move(keys, known.moves)
-    return None, dict(tensors)
+def _indices(shard: Path) -> Iterable[Path]:
+    """The indices beside a shard that list it."""
+    for path in sorted(shard.parent.iterdir()):
+        if _INDEX.fullmatch(path.name) and shard.name in path.read_text(encoding="utf-8", errors="replace"):
+            yield path
 
 
-def unknown_format(path: Path, keys: Mapping[str, TensorView]) -> CheckpointError:
-    """The error for weights of no known format."""
-    supported = ", ".join(dict.fromkeys(f"{known.class_name} ({known.name})" for known in FORMATS))
-    if any(_VAE_KEY.fullmatch(key) for key in keys):
-        return CheckpointError(f"{path} is a VAE, no transformer; give the transformer of one of: {supported}")
-    shown = ", ".join(map(repr, sorted(keys)[:3])) or "none"
-    return CheckpointError(
-        f"{path} is no transformer that is supported, by its keys ({shown}, ...); supported: {supported}"
-    )
+def read_weights(path: Path, follow_links: bool = False) -> dict[str, Tensor]:
+    """Where all tensors lie of a file (safetensors, PyTorch), of the shards of an index, or of a folder with one.
+
+    Raises CheckpointError for what is no whole set of weights, and for links out of a folder unless `follow_links`.
+    """
+    if path.is_dir():
+        file = weights_file(path, follow_links)
+        if file is None:
+            raise CheckpointError(
+                f"{path} holds neither {SINGLE} nor {INDEX}, nor other weights; "
+                "give the folder of a diffusers transformer or VAE"
+            )
+        path = file
+    if _INDEX.fullmatch(path.name):
+        return _read_index(path, follow_links)
+    if path.suffix == ".json":
+        raise CheckpointError(f"{path} holds no weights; give the folder that it is in")
+    if path.is_file() and _is_shard(path.name):
+        for index in _indices(path):
+            raise CheckpointError(f"{path} is one of several shards; give their index, {index}")
+        raise _lost_index(path)
+    return _read_file(path)

@@ -1,9 +1,23 @@
 """Videos to files: MP4, GIF, contact sheets; and how far two videos are apart."""
 
+import importlib
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+SSIM_WINDOW = 7
+"""Pixels; a smaller picture has no SSIM."""
+
+
+def require(*modules: str) -> None:
+    """Imports what will be needed once the sampling is done. Raises ImportError that says what to install."""
+    for module in modules:
+        try:
+            importlib.import_module(module)
+        except ImportError as error:
+            raise ImportError(f"{module} cannot be imported ({error}): pip install 'adaspa_jax[demo]'") from error
 
 
 def to_pixels(video: np.ndarray) -> np.ndarray:
@@ -19,9 +33,11 @@ def psnr(video: np.ndarray, reference: np.ndarray) -> float:
 
 
 def ssim(video: np.ndarray, reference: np.ndarray) -> float:
-    """Mean structural similarity over all frames; float [B, 3, F, H, W] in [-1, 1]."""
+    """Mean structural similarity over all frames; float [B, 3, F, H, W] in [-1, 1]. NaN for less than 7 x 7 pixels."""
     from skimage.metrics import structural_similarity
 
+    if min(video.shape[-2:]) < SSIM_WINDOW:
+        return math.nan
     pairs = zip(*(x.transpose(0, 2, 3, 4, 1).reshape(-1, *x.shape[3:], 3) for x in (video, reference)), strict=True)
     return float(np.mean([structural_similarity(a, b, channel_axis=-1, data_range=2.0) for a, b in pairs]))
 
@@ -88,8 +104,14 @@ def write_sheet(path: Path, rows: dict[str, np.ndarray], prompts: list[str], col
     sheet.save(path)
 
 
-def write_runs(folder: Path, videos: dict[str, np.ndarray], prompts: list[str], fps: int) -> None:
-    """video.mp4 and sheet.png with the runs of each prompt above each other; float [B, 3, F, H, W] in [-1, 1] each."""
+def write_runs(folder: Path, videos: dict[str, np.ndarray], prompts: list[str], fps: int, *, gif: bool = False) -> None:
+    """video.mp4, video.gif if asked for, and sheet.png, with the runs of each prompt above each other.
+
+    `videos`: float [B, 3, F, H, W] in [-1, 1] each.
+    """
     rows = {name: to_pixels(video) for name, video in videos.items()}
-    write_mp4(folder / "video.mp4", grid_frames(rows, prompts), fps)
+    frames = grid_frames(rows, prompts)
+    write_mp4(folder / "video.mp4", frames, fps)
+    if gif:
+        write_gif(folder / "video.gif", frames, fps)
     write_sheet(folder / "sheet.png", rows, prompts)

@@ -1,4 +1,4 @@
-"""What `python -m models.sample` does for its two kinds of checkpoint: runs, their files and their report."""
+"""What `python -m models.sample` does for its two kinds of checkpoint: what is checked, loaded, sampled and written."""
 
 import dataclasses
 from dataclasses import dataclass
@@ -11,174 +11,130 @@ from rich.console import Console
 from rich.progress import Progress
 
 from adaspa_jax import SparseConfig, draw_blocks
-from models.checkpoint.loading import expert_folders, locate, open_source
-from models.checkpoint.safetensors_folder import CheckpointError, read_json
-from models.commands.media import grid_frames, psnr, ssim, to_pixels, write_gif, write_runs
+from models.checkpoint.safetensors_folder import CheckpointError
+from models.commands import files
+from models.commands.files import Results
+from models.commands.media import require, write_runs
+from models.commands.options import LATENTS, refuse
+from models.commands.report import distance, fields_of, write_report
 from models.pipeline.embeddings import Embeddings, read_embeddings, read_prompts
 from models.pipeline.families import VideoSize
-from models.pipeline.latents import SavedLatents, write_latents
-from models.pipeline.video import Guidance, LatentSample, VideoPipeline
-from models.pipeline.words import HunyuanVideoPipeline, Sample
+from models.pipeline.guidance import Guidance
+from models.pipeline.latents import SavedLatents, broken_runs, write_latents
+from models.pipeline.video import LatentSample, VideoPipeline
+from models.pipeline.words import HunyuanVideoPipeline
 
-
-def takes_words(checkpoint: Path) -> bool:
-    """Whether the checkpoint brings a word encoder, as the embedded one does."""
-    config = checkpoint / "text_encoder/config.json"
-    return config.is_file() and read_json(config).get("_class_name") == "WordEncoder"
-
-
-def _report(prompts: list[str], seed: int, config: SparseConfig, runs: dict[str, Any], details: list[Any]) -> Any:
-    """The content of report.json, but for the distance of the videos; `details` are the Reports of the sparse run."""
-    fields: dict[str, Any] = {"prompts": prompts, "seed": seed, "steps": config.steps}
-    for name, run in runs.items():
-        key = name.lower()
-        fields |= {f"{key}_seconds": run.seconds, f"{key}_compile_seconds": run.compile_seconds}
-        fields["implementation"] = run.implementation
-    if details:
-        sparse = runs["AdaSpa"]
-        tokens = {"video": sparse.layout.video_tokens, "text": sparse.layout.text, "block": sparse.layout.block}
-        fields |= {
-            "search_steps": list(config.search),
-            "sparsity": config.sparsity,
-            "density": float(np.mean([d.density for d in details])),
-            "recall": float(np.mean([d.recall for d in details])),
-            "tokens": tokens,
-            "details": dataclasses.asdict(details[0]),
-        }
-        if len(details) > 1:
-            fields["details_of_the_second_expert"] = dataclasses.asdict(details[1])
-        if "dense" in runs:
-            fields["speedup"] = runs["dense"].seconds / sparse.seconds
-    return fields
-
-
-def _distance(videos: dict[str, np.ndarray]) -> dict[str, float]:
-    if set(videos) != {"dense", "AdaSpa"}:
-        return {}
-    return {
-        "psnr_db": psnr(videos["AdaSpa"], videos["dense"]),
-        "ssim": ssim(videos["AdaSpa"], videos["dense"]),
-    }
-
-
-def _draw(folder: Path, run: Any, states: Any) -> None:
-    """blocks.png, if the run kept the mass of a search."""
-    if all(state.mass.size and state.mass.any() for state in states):
-        draw_blocks(states, run.layout).savefig(folder / "blocks.png", dpi=110)
-
-
-def _summary(report: dict[str, Any]) -> str:
-    """The lines a person reads at the end."""
-    if "density" not in report:
-        return "dense run, nothing skipped"
-    line = f"sparse steps compute {report['density']:.1%} of the block pairs, with {report['recall']:.0%} of the mass"
-    if "speedup" not in report:
-        return line
-    found = f"speed-up {report['speedup']:.2f}x"
-    if "psnr_db" in report:
-        found += f", PSNR {report['psnr_db']:.1f} dB, SSIM {report['ssim']:.3f}"
-    return f"{found}; {line}"
+MASS_LIMIT = 1 << 30
+"""Of the block mass kept for blocks.png, in bytes."""
 
 
 @dataclass(frozen=True)
-class WordRuns:
-    """Runs of a checkpoint of pixels with a word encoder."""
+class Options:
+    """How to sample, for both kinds of checkpoint; None: the model's own."""
 
-    pipeline: HunyuanVideoPipeline
-    prompts: list[str]
-    config: SparseConfig
-
-    @classmethod
-    def load(
-        cls, checkpoint: Path, prompts: list[str] | None, preset: str, changes: dict[str, Any], dtype: str | None
-    ) -> "WordRuns":
-        """Reads the checkpoint; ValueError for prompts that it does not know."""
-        if not prompts:
-            raise ValueError("this checkpoint takes prompts; give at least one --prompt")
-        pipeline = HunyuanVideoPipeline.load(checkpoint, dtype or "float32")
-        pipeline.encoder.encode(prompts)
-        return cls(pipeline, prompts, SparseConfig.preset(preset, **changes))
-
-    def sample(self, **options: Any) -> Sample:
-        """One run."""
-        return self.pipeline.sample(self.prompts, self.config, **options)
-
-    def mass_bytes(self) -> int:
-        """Small."""
-        return 0
-
-    def write(self, folder: Path, runs: dict[str, Sample], seed: int) -> dict[str, Any]:
-        """Writes videos and pictures; returns the report."""
-        videos = {name: run.video for name, run in runs.items()}
-        write_runs(folder, videos, self.prompts, self.pipeline.size.fps)
-        frames = grid_frames({name: to_pixels(video) for name, video in videos.items()}, self.prompts)
-        write_gif(folder / "video.gif", frames, self.pipeline.size.fps)
-        sparse = runs.get("AdaSpa")
-        if sparse is not None:
-            _draw(folder, sparse, sparse.state)
-        details = [sparse.report] if sparse is not None and sparse.report is not None else []
-        return _report(self.prompts, seed, self.config, runs, details) | _distance(videos)
-
-    summary = staticmethod(_summary)
+    preset: str | None = None
+    changes: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """Of the preset."""
+    size: tuple[int | None, int | None, int | None] = (None, None, None)
+    """Frames, height, width."""
+    dtype: str | None = None
+    shift: float | None = None
+    guidance: Guidance = dataclasses.field(default_factory=Guidance)
+    seed: int = 0
+    compare: bool = False
+    dense: bool = False
+    follow_links: bool = False
+    """The files of checkpoint and VAE may be links out of their folders."""
 
 
 @dataclass(frozen=True)
-class LatentRuns:
-    """Runs of a model of latents on embeddings."""
+class Runs:
+    """The runs of one call, ready to sample; make it with `of_words` or `of_embeddings`."""
 
     pipeline: VideoPipeline
     embeddings: Embeddings
     prompts: list[str]
     config: SparseConfig
-    guidance: Guidance
     size: VideoSize
-    vae: Path | None
+    guidance: Guidance
+    seed: int
+    vae: Path | None = None
+    follow_links: bool = False
+    """Those of the VAE's folder."""
+    pixels: bool = False
+    """What is sampled are pixels, which need no VAE."""
 
     @classmethod
-    def load(
-        cls,
-        checkpoint: Path,
-        embeddings: Path | None,
-        preset: str,
-        changes: dict[str, Any],
-        dtype: str | None,
-        shift: float | None,
-        guidance: Guidance,
-        vae: Path | None,
-    ) -> "LatentRuns":
-        """Reads embeddings, then weights. ValueError for what cannot be used."""
-        for part in map(locate, expert_folders(checkpoint)):
-            if not part.is_dir():
-                open_source(part)
+    def of_words(cls, checkpoint: Path, prompts: list[str] | None, options: Options) -> "Runs":
+        """Of a checkpoint of pixels with a word encoder. ValueError for what cannot be sampled."""
+        if not prompts:
+            raise ValueError("this checkpoint takes prompts; give at least one --prompt")
+        words = HunyuanVideoPipeline.load(checkpoint, options.dtype or "float32", follow_links=options.follow_links)
+        return cls._checked(words.video_pipeline(), words.embed(prompts), prompts, options, pixels=True)
+
+    @classmethod
+    def of_embeddings(
+        cls, checkpoint: Path, prompts: list[str] | None, embeddings: Path | None, vae: Path | None, options: Options
+    ) -> "Runs":
+        """Of a model of latents on embeddings. ValueError for what cannot be sampled, before weights are read.
+
+        `prompts` are refused: the embeddings are of others.
+        """
+        described = VideoPipeline.describe(checkpoint, options.dtype, follow_links=options.follow_links)
+        refuse({"prompt": prompts}, LATENTS)
         if embeddings is None:
             raise ValueError(
                 "this checkpoint has no word encoder: give --embeddings FILE, made with python -m models.encode_prompt"
             )
         found = read_embeddings(embeddings)
+        names = read_prompts(embeddings, *found.get("prompt_embeds", np.zeros(0)).shape[:1])
         if vae is None and (checkpoint / "vae/config.json").is_file():
             vae = checkpoint / "vae"
         if vae is not None and not vae.is_dir():
             raise CheckpointError(f"--vae {vae} is no folder; give a diffusers vae or pipeline folder")
+        runs = cls._checked(described, found, names, options, vae=vae)
+        if vae is not None:
+            from models.vae.decoding import check_decoder
+
+            check_decoder(vae, described.experts[0].config.out_channels, options.follow_links)
         with Progress(console=Console(stderr=True), transient=True) as bar:
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
-            pipeline = VideoPipeline.load(checkpoint, dtype, done).with_shift(shift)
-        config = pipeline.family.config(preset, **changes)
-        prompts = read_prompts(embeddings, len(found.get("prompt_embeds", ())))
-        return cls(pipeline, found, prompts, config, guidance, pipeline.family.size, vae)
+            links = options.follow_links
+            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, follow_links=links)
+            return dataclasses.replace(runs, pipeline=loaded, follow_links=links)
 
-    def sized(self, frames: int | None, height: int | None, width: int | None) -> "LatentRuns":
-        """With another size; None keeps the model's. ValueError if the model cannot make it."""
-        own = self.size
-        size = VideoSize(frames or own.frames, height or own.height, width or own.width)
-        self.pipeline.family.latent_shape(size, self.pipeline.experts[0])
-        return dataclasses.replace(self, size=size)
+    @classmethod
+    def _checked(
+        cls, pipeline: VideoPipeline, embeddings: Embeddings, prompts: list[str], options: Options, **rest: Any
+    ) -> "Runs":
+        """ValueError for what the pipeline cannot sample or would ignore, ImportError for what files will need."""
+        family, guidance = pipeline.family, options.guidance
+        if guidance.scale is not None and family.embedded_guidance and not pipeline.experts[0].config.guidance_embeds:
+            raise ValueError(f"--guidance {guidance.scale}: this model embeds no guidance; leave it out, or --true-cfg")
+        own = dataclasses.astuple(family.size)
+        size = VideoSize(*(n if given is None else given for given, n in zip(options.size, own, strict=True)))
+        config = family.config(options.preset, **options.changes)
+        pipeline = pipeline.with_shift(options.shift)
+        pipeline.plan(embeddings, config, size=size, guidance=guidance, seed=options.seed)
+        runs = cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, **rest)
+        if runs.shown:
+            require("av", *["skimage.metrics"] * options.compare)
+        require(*["matplotlib.figure"] * (not options.dense))
+        return runs
 
-    def sample(self, **options: Any) -> LatentSample:
+    @property
+    def shown(self) -> bool:
+        """Whether there will be videos, not latents alone."""
+        return self.pixels or self.vae is not None
+
+    def sample(self, *, dense: bool, **options: Any) -> LatentSample:
         """One run."""
-        return self.pipeline.sample(self.embeddings, self.config, size=self.size, guidance=self.guidance, **options)
+        keep = not dense and self._mass_bytes() <= MASS_LIMIT
+        options |= {"size": self.size, "guidance": self.guidance, "seed": self.seed}
+        return self.pipeline.sample(self.embeddings, self.config, dense=dense, keep_mass=keep, **options)
 
-    def mass_bytes(self) -> int:
+    def _mass_bytes(self) -> int:
         """What keeping the block mass would take."""
         model, batch = self.pipeline.experts[0], 2 * len(self.prompts)
         grid = self.pipeline.family.latent_shape(self.size, model)
@@ -187,34 +143,65 @@ class LatentRuns:
         state = jax.eval_shape(lambda: model.init_state(config, batch, grid, text, keep_mass=True))
         return sum(x.mass.size * 4 for x in state)
 
-    def write(self, folder: Path, runs: dict[str, LatentSample], seed: int) -> dict[str, Any]:
-        """Writes latents, and videos if there is a VAE; returns the report."""
-        family, fps = self.pipeline.family, self.pipeline.family.fps
+    def fields(self, runs: dict[str, LatentSample]) -> dict[str, Any]:
+        """report.json, but for the distance of the videos."""
+        family = self.pipeline.family
+        size = dataclasses.asdict(self.size) | {"fps": family.fps, "model": family.name}
+        return fields_of(self.prompts, self.seed, self.config, runs) | size
+
+    def keep(self, results: Results, runs: dict[str, LatentSample]) -> None:
+        """Latents and report of the runs so far, in OUT for good: whatever fails later, they are not sampled again.
+
+        Raises FloatingPointError if the latents of one are not finite.
+        """
+        saved = self.saved(runs)
+        write_latents(results.stage / files.LATENTS, saved)
+        write_report(results.stage / files.REPORT, self.fields(runs))
+        results.publish()
+        if broken := broken_runs(saved.runs):
+            share = 1 - np.isfinite(saved.runs[broken[0]]).mean()
+            raise FloatingPointError(
+                f"{share:.0%} of the latents of the {broken[0]} run are NaN or infinite: no video can be made of them; "
+                "try --dtype float32, and check the checkpoint"
+            )
+
+    def saved(self, runs: dict[str, LatentSample]) -> SavedLatents:
+        """What latents.safetensors holds."""
+        family = self.pipeline.family
         latents = {name: run.latents for name, run in runs.items()}
-        saved = SavedLatents(latents, self.prompts, fps, family.skip_frames)
-        write_latents(folder / "latents.safetensors", saved)
-        videos = {}
-        if self.vae is not None:
-            videos = decode_runs(self.vae, saved)
-            write_runs(folder, videos, self.prompts, fps)
+        return SavedLatents(latents, self.prompts, family.fps, family.skip_frames)
+
+    def show(self, results: Results, runs: dict[str, LatentSample]) -> dict[str, Any]:
+        """Videos, if there is a VAE, and pictures, each in OUT as soon as it is whole; returns the report."""
+        fields = self.fields(runs)
+        if self.shown:
+            saved = self.saved(runs)
+            videos = decode_runs(self.vae, saved, follow_links=self.follow_links)
+            write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)
+            results.publish()
+            fields |= distance(videos)
+            write_report(results.stage / files.REPORT, fields)
+            results.publish()
         sparse = runs.get("AdaSpa")
-        if sparse is not None and sparse.states[0]:
-            _draw(folder, sparse, sparse.states[0])
-        details = list(sparse.reports) if sparse is not None else []
-        size = dataclasses.asdict(self.size) | {"fps": fps, "model": family.name}
-        return _report(self.prompts, seed, self.config, runs, details) | size | _distance(videos)
-
-    def summary(self, report: dict[str, Any]) -> str:
-        """The lines a person reads at the end."""
-        if self.vae is not None:
-            return _summary(report)
-        return (
-            _summary(report) + "\nno VAE here: decode with python -m models.decode --checkpoint PIPELINE --latents ..."
-        )
+        states = sparse.states[0] if sparse is not None else ()
+        if sparse is not None and states and all(state.mass.size and state.mass.any() for state in states):
+            draw_blocks(states, sparse.layout).savefig(results.stage / files.BLOCKS, dpi=110)
+        return fields
 
 
-def decode_runs(vae: Path, saved: SavedLatents, dtype: str = "float32") -> dict[str, np.ndarray]:
-    """float32 videos [B, 3, F, H, W] in [-1, 1] of each run, with a progress bar."""
+def decode_runs(
+    vae: Path | None, saved: SavedLatents, dtype: str = "float32", *, follow_links: bool = False
+) -> dict[str, np.ndarray]:
+    """float32 videos [B, 3, F, H, W] in [-1, 1] of each run, with a progress bar; `vae` None: the latents are pixels.
+
+    Raises ValueError for latents that are not finite, FloatingPointError for such videos.
+    """
+    if broken := broken_runs(saved.runs):
+        raise ValueError(f"the latents of the {broken[0]} run have NaN or infinite values; sample them again")
+    if vae is None:
+        if (channels := next(iter(saved.runs.values())).shape[1]) != 3:
+            raise ValueError(f"this checkpoint samples pixels of 3 channels; the latents have {channels}")
+        return {name: np.clip(values, -1, 1) for name, values in saved.runs.items()}
     from models.vae.decoding import decode_latents
 
     videos = {}
@@ -222,5 +209,10 @@ def decode_runs(vae: Path, saved: SavedLatents, dtype: str = "float32") -> dict[
         for name, values in saved.runs.items():
             task = bar.add_task(f"decoding {name}", total=None)
             done = lambda count, total, task=task: bar.update(task, completed=count, total=total)
-            videos[name] = decode_latents(vae, values, dtype=dtype, progress=done)[:, :, saved.skip_frames :]
+            video = decode_latents(vae, values, dtype=dtype, progress=done, follow_links=follow_links)
+            videos[name] = video[:, :, saved.skip_frames :]
+    if broken := broken_runs(videos):
+        raise FloatingPointError(
+            f"the {broken[0]} video decoded in {dtype} has NaN or infinite values; decode in float32, check the VAE"
+        )
     return videos

@@ -149,7 +149,8 @@ class Trainer:
         averaged.to(torch.bfloat16).save_pretrained(folder / "transformer")
         self.encoder.save(folder / "text_encoder")
         (folder / "scheduler").mkdir(exist_ok=True)
-        (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(SCHEDULER, indent=2) + "\n")
+        scheduler = folder / "scheduler" / "scheduler_config.json"
+        scheduler.write_text(json.dumps(SCHEDULER, indent=2) + "\n", encoding="utf-8")
         index = {
             "_class_name": "HunyuanVideoPipeline",
             "transformer": ["diffusers", "HunyuanVideoTransformer3DModel"],
@@ -157,7 +158,7 @@ class Trainer:
             "text_encoder": ["models.demo.words", "WordEncoder"],
             "sample_size": {"frames": FRAMES, "height": SIZE, "width": SIZE, "fps": 8},
         }
-        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n")
+        (folder / "model_index.json").write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         return averaged
 
     @torch.no_grad()

@@ -66,19 +66,19 @@ class WordEncoder:
 
     def save(self, folder: Path) -> None:
         """Writes `config.json` and `model.safetensors` into `folder`, made if absent."""
-        from safetensors.numpy import save_file
+        from safetensors.numpy import save
 
         folder.mkdir(parents=True, exist_ok=True)
         config = {"_class_name": "WordEncoder", "words": list(self.words), "max_words": self.max_words}
-        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-        save_file({"embedding.weight": self.table}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (folder / "model.safetensors").write_bytes(save({"embedding.weight": self.table}))
 
     @classmethod
     def load(cls, folder: Path) -> "WordEncoder":
         """Reads what `save` wrote. Raises ValueError if the folder holds another kind of text encoder."""
         from safetensors.numpy import load_file
 
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         if config.get("_class_name") != "WordEncoder":
             raise ValueError(f"{folder} is no WordEncoder: _class_name={config.get('_class_name')!r}")
         table = load_file(folder / "model.safetensors")["embedding.weight"]

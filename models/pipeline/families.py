@@ -3,10 +3,12 @@
 Source: the model cards, and the defaults of diffusers' pipelines.
 """
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jax import Array
 
 from adaspa_jax import SparseConfig
@@ -19,13 +21,23 @@ from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from models.transformers.wan import WanTransformer
 
 
+def _check_counts(sizes: Any) -> None:
+    """ValueError unless every field of a dataclass is a whole number of at least 1."""
+    for name, value in dataclasses.asdict(sizes).items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < 1:
+            raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
+
+
 @dataclass(frozen=True)
 class VideoSize:
-    """Frames, height and width in pixels."""
+    """Frames, height and width in pixels. Raises ValueError for what is no whole number of at least 1."""
 
     frames: int
     height: int
     width: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
 
 
 @dataclass(frozen=True)
@@ -71,12 +83,15 @@ class Family:
         """
         step = [self.space_ratio * p for p in model.config.patch[1:]]
         wanted = (size.frames, size.height, size.width)
-        frames = 1 + self.time_ratio * max(0, round((size.frames - 1) / self.time_ratio))
+        # At least one frame more than are hidden.
+        least = -(-self.skip_frames // self.time_ratio)
+        frames = 1 + self.time_ratio * max(least, round((size.frames - 1) / self.time_ratio))
         nearest = (frames, *(max(s, s * round(n / s)) for n, s in zip(wanted[1:], step, strict=True)))
         if wanted != nearest:
+            hidden = f" (the first {self.skip_frames}, of the image, are not shown)" if self.skip_frames else ""
             raise ValueError(
-                f"{self.name} makes videos of 1 + {self.time_ratio}n frames, heights in steps of {step[0]} and widths "
-                f"in steps of {step[1]}; {wanted} is not one, the nearest is {nearest}"
+                f"{self.name} makes videos of 1 + {self.time_ratio}n frames{hidden}, heights in steps of {step[0]} and "
+                f"widths in steps of {step[1]}; {wanted} is not one, the nearest is {nearest}"
             )
         latent = 1 + (size.frames - 1) // self.time_ratio
         padded = latent + -latent % model.config.patch[0]
@@ -161,21 +176,33 @@ def family_of(model: VideoTransformer, index: dict[str, Any] | None = None) -> F
     raise ValueError(f"{type(model).__name__} has no sampling defaults")
 
 
-def default_size(checkpoint: Path) -> VideoSize:
-    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
+def stored_family(checkpoint: Path) -> tuple[Family, VideoTransformer]:
+    """(family, model without weights) of a pipeline folder. Raises CheckpointError."""
     folder = checkpoint / "transformer"
     port, sizes = parse_config(folder, read_json(folder / "config.json"))
-    return family_of(abstract_model(port, sizes, "float32"), read_json(checkpoint / "model_index.json")).size
+    model = abstract_model(port, sizes, "float32")
+    return family_of(model, read_json(checkpoint / "model_index.json")), model
+
+
+def default_size(checkpoint: Path) -> VideoSize:
+    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
+    return stored_family(checkpoint)[0].size
 
 
 @dataclass(frozen=True)
 class PixelSize:
-    """What a model of pixels was trained on: frames, height and width, and the playing speed."""
+    """What a model of pixels was trained on: frames, height and width, and the playing speed.
+
+    Raises ValueError for what is no whole number of at least 1.
+    """
 
     frames: int
     height: int
     width: int
     fps: int
+
+    def __post_init__(self) -> None:
+        _check_counts(self)
 
 
 def pixel_family(size: PixelSize, scheduler: AnyScheduler) -> Family:

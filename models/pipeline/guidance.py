@@ -1,10 +1,36 @@
-"""Classifier-free guidance, its scale a table with one entry a step."""
+"""Classifier-free guidance, its scale a table with one entry a step. Off at a scale of at most 1, as in diffusers."""
 
+import math
+from dataclasses import dataclass
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How prompt and negative prompt are weighed; None takes the model's own.
+
+    Raises ValueError for a scale that is negative or not finite. A scale of classifier-free guidance of at most 1
+    turns it off, as in diffusers: the prompt alone, and half the work.
+    """
+
+    scale: float | None = None
+    """Embedded in the model, or of classifier-free guidance; of Wan 2.2's two experts it turns both off."""
+    low_noise: float | None = None
+    """Of the second expert of Wan 2.2; below 1 it leans to the negative prompt, as in diffusers."""
+    true_cfg: float | None = None
+    """Classifier-free guidance on top of an embedded scale (HunyuanVideo); None: off."""
+    dynamic: bool = False
+    """CogVideoX's dynamic scale."""
+
+    def __post_init__(self) -> None:
+        for name in ("scale", "low_noise", "true_cfg"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ValueError(f"guidance: {name}={value} must be finite and not negative; at most 1 turns it off")
 
 
 def cfg(uncond: Array, cond: Array, scale: Any) -> Array:

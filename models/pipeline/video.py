@@ -18,9 +18,11 @@ from models import schedulers
 from models.checkpoint.loading import expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
+from models.pipeline.experts import boundary_ratio, describe
 from models.pipeline.families import Family, VideoSize, family_of
-from models.pipeline.guidance import cfg, constant_scale, dynamic_scale
+from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
+from models.schedulers.seeds import check_seed, random_key
 from models.transformers.base import VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
 from models.transformers.hunyuan_video import HunyuanVideoTransformer
@@ -28,20 +30,6 @@ from models.transformers.wan import WanTransformer
 from pallas_kernels import Implementation, resolve_implementation
 
 Progress = Callable[[int], None]
-
-
-@dataclass(frozen=True)
-class Guidance:
-    """How prompt and negative prompt are weighed; None takes the model's own."""
-
-    scale: float | None = None
-    """Embedded in the model, or of classifier-free guidance; 1 runs without the negative prompt."""
-    low_noise: float | None = None
-    """Of the second expert of Wan 2.2."""
-    true_cfg: float = 1.0
-    """Classifier-free guidance on top of an embedded scale (HunyuanVideo)."""
-    dynamic: bool = False
-    """CogVideoX's dynamic scale."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +89,18 @@ def _halves(embeddings: Embeddings, guided: bool) -> dict[str, np.ndarray]:
     }
 
 
+def _noise(shape: tuple[int, ...], seed: int, given: Any) -> Array:
+    """float32 noise of a seed, the same whatever `jax_enable_x64` is, or what is given. ValueError unless it fits."""
+    if given is None:
+        return jax.random.normal(random_key(seed), shape, jnp.float32)
+    noise = jnp.asarray(given, jnp.float32)
+    if noise.shape != shape:
+        raise ValueError(f"noise must be {list(shape)}; got {list(noise.shape)}")
+    if not jnp.isfinite(noise).all():
+        raise ValueError("noise has NaN or infinite values; give finite ones")
+    return noise
+
+
 def _predict(
     model: VideoTransformer,
     family: Family,
@@ -128,12 +128,13 @@ def _predict(
             inputs["guidance"] = jnp.full(batch, scale, dtype) * jnp.asarray(1000, dtype)
     if isinstance(model, WanTransformer):
         if "image_embeds" in given:
-            inputs["encoder_hidden_states_image"] = given["image_embeds"].astype(dtype)
+            image = given["image_embeds"]  # [B, S, E], or [B, 2, S, E] for the model's [2 B, S, E]
+            inputs["encoder_hidden_states_image"] = image.reshape(-1, *image.shape[-2:]).astype(dtype)
         if family.frame_tokens:
             grid = model.layout((latents.shape[2], latents.shape[3], latents.shape[4]), 0).grid
             first = np.arange(np.prod(grid)) < grid[1] * grid[2]
             clean = condition is not None
-            times = jnp.where(first & clean, 0, times[:, None])
+            times = jnp.where(jnp.asarray(first & clean)[None], 0, times[:, None])
     if isinstance(model, CogVideoXTransformer):
         times = times.astype(jnp.int32)
         if model.config.ofs_embed_dim is not None:
@@ -155,19 +156,12 @@ class VideoPipeline:
     """Timestep below which the second expert takes over."""
 
     @classmethod
-    def load(
-        cls, path: str | Path, dtype: Any = None, progress: Callable[[int, int], None] | None = None
-    ) -> "VideoPipeline":
-        """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
-
-        `progress` gets the parameters of an expert loaded so far and in all. Raises ValueError for what cannot be read.
-        """
+    def describe(cls, path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> "VideoPipeline":
+        """What `load` loads, with shapes in place of weights: enough for `plan`. Raises ValueError as `load` does."""
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-        experts = tuple(from_pretrained(folder, dtype, progress=progress) for folder in expert_folders(path))
-        ratio = index.get("boundary_ratio")
-        if ratio is None and len(experts) == 2:  # in Wan's own format nothing says it
-            ratio = 0.9 if experts[0].config.in_channels > experts[0].config.out_channels else 0.875
+        experts = tuple(describe(folder, dtype, follow_links) for folder in expert_folders(path))
+        ratio = boundary_ratio(index, experts)
         family = family_of(experts[0], index | {"boundary_ratio": ratio})
         scheduler = family.scheduler
         if (path / "scheduler/scheduler_config.json").is_file():
@@ -175,6 +169,36 @@ class VideoPipeline:
         if isinstance(scheduler, FlowMatchEuler) and isinstance(experts[0], WanTransformer):
             scheduler = dataclasses.replace(scheduler, default_sigmas=True)
         return cls(experts, scheduler, family, None if ratio is None else ratio * scheduler.train_timesteps)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | Path,
+        dtype: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        follow_links: bool = False,
+    ) -> "VideoPipeline":
+        """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
+
+        `progress` gets the parameters of an expert loaded so far and in all. `follow_links`: the files of the
+        transformers may be links out of their folders. Raises ValueError for what cannot be read.
+        """
+        described = cls.describe(path, dtype, follow_links=follow_links)
+        return described.with_weights(path, dtype, progress, follow_links=follow_links)
+
+    def with_weights(
+        self,
+        path: str | Path,
+        dtype: Any = None,
+        progress: Callable[[int, int], None] | None = None,
+        *,
+        follow_links: bool = False,
+    ) -> "VideoPipeline":
+        """With the experts of `path`, which this was described from; arguments as for `load`."""
+        options: dict[str, Any] = {"progress": progress, "follow_links": follow_links}
+        experts = tuple(from_pretrained(folder, dtype, **options) for folder in expert_folders(Path(path)))
+        return dataclasses.replace(self, experts=experts)
 
     def with_shift(self, shift: float | None) -> "VideoPipeline":
         """With another time shift; ValueError if the scheduler has none. None changes nothing."""
@@ -184,23 +208,39 @@ class VideoPipeline:
             raise ValueError(f"{shift=}: {type(self.scheduler).__name__} has no shift; leave it out")
         return dataclasses.replace(self, scheduler=dataclasses.replace(self.scheduler, shift=shift))
 
+    def _check_guidance(self, guidance: Guidance, scale: float) -> None:
+        """ValueError for a part of it that has no effect on this model."""
+        if guidance.dynamic and not isinstance(self.experts[0], CogVideoXTransformer):
+            raise ValueError("dynamic guidance is CogVideoX's; leave it out")
+        if guidance.true_cfg is not None and not self.family.embedded_guidance:
+            raise ValueError(
+                f"true_cfg={guidance.true_cfg}: {self.family.name} embeds no guidance; give its scale instead"
+            )
+        if guidance.low_noise is not None and self.boundary is None:
+            raise ValueError(f"low_noise={guidance.low_noise}: {self.family.name} has one expert; give its scale alone")
+        if scale <= 1 and (guidance.dynamic or (guidance.low_noise or 0) > 1):
+            raise ValueError(
+                f"guidance {scale} turns guidance off, as in diffusers, whatever low_noise={guidance.low_noise} and "
+                f"dynamic={guidance.dynamic} are; give a scale above 1, or that alone"
+            )
+
     def _scales(self, guidance: Guidance, tables: dict[str, np.ndarray]) -> tuple[float, bool, np.ndarray]:
         """(embedded scale, whether there are two branches, scale of classifier-free guidance in each step)."""
         family, steps = self.family, len(tables["timestep"])
         scale = family.guidance[0] if guidance.scale is None else guidance.scale
-        if guidance.dynamic and not isinstance(self.experts[0], CogVideoXTransformer):
-            raise ValueError("dynamic guidance is CogVideoX's; leave it out")
-        if guidance.true_cfg != 1 and not family.embedded_guidance:
-            raise ValueError(f"true_cfg={guidance.true_cfg}: {family.name} embeds no guidance; give its scale instead")
+        self._check_guidance(guidance, scale)
         if family.embedded_guidance:
-            return scale, guidance.true_cfg != 1, constant_scale(guidance.true_cfg, steps)
+            true_cfg = guidance.true_cfg or 1.0
+            return scale, true_cfg > 1, constant_scale(true_cfg, steps)
+        if scale <= 1:
+            return scale, False, constant_scale(1.0, steps)
         table = dynamic_scale(scale, tables["timestep"]) if guidance.dynamic else constant_scale(scale, steps)
         if self.boundary is not None:
             low = guidance.low_noise
             if low is None:
                 low = family.guidance[-1] if guidance.scale is None else scale
             table = np.where(tables["timestep"] >= self.boundary, table, np.float32(low))
-        return scale, bool((table != 1).any()), table
+        return scale, True, table
 
     def sample(
         self,
@@ -223,7 +263,7 @@ class VideoPipeline:
           config: how AdaSpa runs; its `steps` are those of a dense run too.
           size: in pixels; None: the family's.
           guidance: scales.
-          seed: of the initial noise, and of what a scheduler adds.
+          seed: of the initial noise, and of what a scheduler adds; each in 0 .. 2^64 - 1 is its own.
           noise: float32 [B, C, F, H, W], to start from instead.
           dense: skip nothing.
           keep_mass: keep the block mass for pictures.
@@ -231,17 +271,13 @@ class VideoPipeline:
           implementation: which kernels run.
 
         Raises:
-          ValueError: sizes that the model cannot make, embeddings that do not fit it.
+          ValueError: before anything runs; see `plan`. Noise of another shape, or with NaN or infinity.
         """
         model, family, size = self.experts[0], self.family, size or self.family.size
-        grid = family.latent_shape(size, model)
-        plan = self._plan(config, guidance or Guidance(), seed)
-        count = check_embeddings(embeddings, model, grid, guided=plan.guided, first_frame=family.fixed_first_frame)
-        shape = (count, model.config.out_channels, *grid)
-        noise = jax.random.normal(jax.random.key(seed), shape) if noise is None else jnp.asarray(noise, jnp.float32)
-        if noise.shape != shape:
-            raise ValueError(f"noise must be {list(shape)}; got {list(noise.shape)}")
-        given = {name: jnp.asarray(x) for name, x in _halves(embeddings, plan.guided).items()}
+        plan = self.plan(embeddings, config, size=size, guidance=guidance, seed=seed)
+        noise = _noise(plan.shape, seed, noise)
+        given = {name: jnp.asarray(x) for name, x in plan.given.items()}
+        count, grid = plan.shape[0], plan.shape[2:]
         text = given["prompt_embeds"].shape[1]
         create = lambda: model.init_state(config, count * (1 + plan.guided), grid, text, keep_mass=keep_mass)
         states = tuple(() if dense else create() for _ in plan.parts)
@@ -276,21 +312,40 @@ class VideoPipeline:
             ),
         )
 
-    def _plan(self, config: SparseConfig, guidance: Guidance, seed: int) -> "_Plan":
-        """What a run is, but for its arrays. ValueError for guidance that the model does not have."""
-        scheduler = self.scheduler
+    def plan(
+        self,
+        embeddings: Embeddings,
+        config: SparseConfig,
+        *,
+        size: VideoSize | None = None,
+        guidance: Guidance | None = None,
+        seed: int = 0,
+    ) -> "Plan":
+        """All of a run but its noise and weights, which need not be there. Arguments as for `sample`.
+
+        Raises ValueError for a size or a number of steps that the model cannot make, guidance that has no effect on it,
+        layers that it does not have, a seed outside 0 .. 2^64 - 1, and embeddings that do not fit it, are not finite or
+        have a mask without a token.
+        """
+        model, family, scheduler = self.experts[0], self.family, self.scheduler
+        grid = family.latent_shape(size or family.size, model)
+        check_seed(seed)
         if isinstance(scheduler, CogVideoXDPM):
             scheduler = dataclasses.replace(scheduler, seed=seed)
         tables = scheduler.tables(config.steps)
-        scale, guided, tables["guidance"] = self._scales(guidance, tables)
+        scale, guided, tables["guidance"] = self._scales(guidance or Guidance(), tables)
         if config.share_cfg_indices and not guided:
             raise ValueError("share_cfg_indices needs classifier-free guidance; this run has one branch")
+        config.layer_kinds(StepKind.DENSE, sum(model.stack_sizes()))
+        fixed = family.fixed_first_frame
+        found = check_embeddings(embeddings, model, grid, guided=guided, first_frame=fixed)
+        shape = (len(found["prompt_embeds"]), model.config.out_channels, *grid)
         parts = split_steps(tables["timestep"], self.boundary, config.step_kinds())
-        return _Plan(scheduler, tables, scale, guided, parts)
+        return Plan(scheduler, tables, scale, guided, parts, _halves(found, guided), shape)
 
     def _program(
         self,
-        plan: "_Plan",
+        plan: "Plan",
         config: SparseConfig,
         dense: bool,
         progress: Progress | None,
@@ -336,8 +391,8 @@ class VideoPipeline:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What a run is, but for its arrays."""
+class Plan:
+    """What a run is, but for its noise and weights."""
 
     scheduler: Any
     tables: dict[str, np.ndarray]
@@ -347,3 +402,7 @@ class _Plan:
     guided: bool
     """Two branches, the unconditional first."""
     parts: list[Part]
+    given: dict[str, np.ndarray]
+    """Embeddings of both branches, one behind the other, or of the conditional one alone."""
+    shape: tuple[int, int, int, int, int]
+    """Of the latents, [B, C, F, H, W]."""

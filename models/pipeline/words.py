@@ -1,6 +1,5 @@
 """Prompts to pixels with the embedded model, or one made like it: a word encoder, no VAE."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,8 +9,10 @@ import numpy as np
 
 from adaspa_jax import Report, SparseConfig, TokenLayout
 from models.checkpoint.loading import from_pretrained
+from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.demo.words import WordEncoder
-from models.pipeline.families import PixelSize, pixel_family
+from models.pipeline.embeddings import Embeddings
+from models.pipeline.families import PixelSize, VideoSize, pixel_family
 from models.pipeline.video import Progress, VideoPipeline
 from models.schedulers import FlowMatchEuler
 from models.transformers.hunyuan_video import HunyuanVideoTransformer
@@ -37,6 +38,12 @@ class Sample:
     """The kernels that attention ran on."""
 
 
+def takes_words(checkpoint: Path) -> bool:
+    """Whether the checkpoint brings a word encoder, as the embedded one does."""
+    config = checkpoint / "text_encoder/config.json"
+    return config.is_file() and read_json(config).get("_class_name") == "WordEncoder"
+
+
 @dataclass(frozen=True)
 class HunyuanVideoPipeline:
     """A transformer with what belongs to it; make it with `load`."""
@@ -47,20 +54,21 @@ class HunyuanVideoPipeline:
     size: PixelSize
 
     @classmethod
-    def load(cls, path: str | Path, dtype: Any = jnp.float32) -> "HunyuanVideoPipeline":
+    def load(cls, path: str | Path, dtype: Any = jnp.float32, *, follow_links: bool = False) -> "HunyuanVideoPipeline":
         """Reads a converted folder or a diffusers pipeline folder with scheduler and text encoder.
 
+        `follow_links`: the transformer's files may be links out of their folder.
         Raises ValueError for a checkpoint that cannot be read, and for one whose text encoder does not run here.
         """
         path = Path(path)
-        transformer = from_pretrained(path, dtype=dtype)
+        transformer = from_pretrained(path, dtype=dtype, follow_links=follow_links)
         parts = {}
         for name in ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
             if not (path / name).is_file():
                 raise ValueError(
                     f"{path} has no {name}; sample from a whole converted pipeline, not a lone transformer"
                 )
-            parts[name] = json.loads((path / name).read_text())
+            parts[name] = read_json(path / name)
         size = parts["model_index.json"].get("sample_size")
         if not isinstance(transformer, HunyuanVideoTransformer) or size is None or transformer.config.in_channels != 3:
             raise ValueError(
@@ -68,33 +76,45 @@ class HunyuanVideoPipeline:
                 "embeddings; this version decodes pixel-space checkpoints such as models/demo/checkpoint"
             )
         scheduler = FlowMatchEuler.from_config(parts["scheduler/scheduler_config.json"])
-        return cls(transformer, scheduler, WordEncoder.load(path / "text_encoder"), PixelSize(**size))
+        try:
+            pixels = PixelSize(**size)
+        except (TypeError, ValueError) as error:
+            raise CheckpointError(f"{path / 'model_index.json'}: sample_size={size!r} ({error})") from error
+        return cls(transformer, scheduler, WordEncoder.load(path / "text_encoder"), pixels)
+
+    def embed(self, prompts: list[str]) -> Embeddings:
+        """What `VideoPipeline.sample` reads of prompts. Raises ValueError for prompts the encoder does not know."""
+        text = self.encoder.encode(prompts)
+        return {
+            "prompt_embeds": text.tokens,
+            "prompt_attention_mask": text.mask,
+            "pooled_prompt_embeds": text.pooled,
+        }
+
+    def video_pipeline(self) -> VideoPipeline:
+        """The same as a pipeline of latents, which are the pixels."""
+        return VideoPipeline((self.transformer,), self.scheduler, pixel_family(self.size, self.scheduler))
 
     def sample(
         self,
         prompts: list[str],
         config: SparseConfig,
         *,
+        size: VideoSize | None = None,
         seed: int = 0,
         dense: bool = False,
         keep_mass: bool = False,
         progress: Progress | None = None,
         implementation: Implementation | None = None,
     ) -> Sample:
-        """Samples one video a prompt, as one batch. The same seed gives the same noise, dense or sparse.
+        """Samples one video a prompt, as one batch; arguments as for `VideoPipeline.sample`.
 
-        Raises ValueError for prompts the encoder does not know. `progress` is called with each finished step.
+        Raises ValueError for prompts the encoder does not know, and as `VideoPipeline.plan` does.
         """
-        text = self.encoder.encode(prompts)
-        embeddings = {
-            "prompt_embeds": text.tokens,
-            "prompt_attention_mask": text.mask,
-            "pooled_prompt_embeds": text.pooled,
-        }
-        pipeline = VideoPipeline((self.transformer,), self.scheduler, pixel_family(self.size, self.scheduler))
-        run = pipeline.sample(
-            embeddings,
+        run = self.video_pipeline().sample(
+            self.embed(prompts),
             config,
+            size=size,
             seed=seed,
             dense=dense,
             keep_mass=keep_mass,

@@ -43,7 +43,7 @@ class CogVideoXSchedule:
             snr_shift_scale=float(options.number(config, "snr_shift_scale", 3.0)),
             zero_terminal_snr=options.flag(config, "rescale_betas_zero_snr", False),
             end_at_one=options.flag(config, "set_alpha_to_one", True),
-            train_timesteps=int(options.number(config, "num_train_timesteps", 1000)),
+            train_timesteps=options.whole(config, "num_train_timesteps", 1000),
             beta_start=float(options.number(config, "beta_start", 0.00085)),
             beta_end=float(options.number(config, "beta_end", 0.012)),
         )

@@ -10,6 +10,7 @@ import numpy as np
 from jax import Array
 
 from models.schedulers.cogvideox_ddim import CogVideoXSchedule, x0_from_velocity
+from models.schedulers.seeds import as_key, check_seed
 
 Noise = Callable[[Array, Array, Array], Array]
 
@@ -37,9 +38,15 @@ class CogVideoXDPM(CogVideoXSchedule):
     """
 
     seed: Any = 0
-    """Of the noise: an int, or a traced int32 scalar or PRNG key, so that another seed needs no compilation."""
+    """Of the noise: an int in 0 .. 2^64 - 1, or a traced int32 scalar or PRNG key, so that another seed needs no
+    compilation."""
     noise: Noise = normal
     """(key, int32 number of the step from 0, latents) -> noise shaped like the latents."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not isinstance(self.seed, Array):
+            check_seed(self.seed)
 
     @classmethod
     def from_config(cls, config: dict[str, Any]) -> "CogVideoXDPM":
@@ -73,8 +80,7 @@ class CogVideoXDPM(CogVideoXSchedule):
 
     def init(self, latents: Array) -> DPMCarry:
         """No history: the tables give it no weight in the first step."""
-        is_key = isinstance(self.seed, Array) and jnp.issubdtype(self.seed.dtype, jax.dtypes.prng_key)
-        return DPMCarry(latents, jnp.zeros_like(latents), self.seed if is_key else jax.random.key(self.seed))
+        return DPMCarry(latents, jnp.zeros_like(latents), as_key(self.seed))
 
     def latents(self, carry: DPMCarry) -> Array:
         """What the model sees next."""

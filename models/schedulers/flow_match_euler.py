@@ -44,8 +44,8 @@ class FlowMatchEuler:
         """From a diffusers scheduler_config.json. Raises ValueError for what would sample differently."""
         options.check_class(config, _CLASS)
         options.check_off(config, *_MUST_BE_OFF)
-        shift, train = options.number(config, "shift", 1.0), options.number(config, "num_train_timesteps", 1000)
-        return cls(float(shift), int(train))
+        shift, train = options.number(config, "shift", 1.0), options.whole(config, "num_train_timesteps", 1000)
+        return cls(float(shift), train)
 
     def _shifted(self, sigmas: np.ndarray) -> np.ndarray:
         return self.shift * sigmas / (1 + (self.shift - 1) * sigmas)

@@ -3,6 +3,8 @@
 import math
 from typing import Any
 
+import numpy as np
+
 
 def check_class(config: dict[str, Any], name: str) -> None:
     """ValueError unless the config is of diffusers' class `name`."""
@@ -33,6 +35,14 @@ def number(config: dict[str, Any], option: str, default: float) -> float:
     return value
 
 
+def whole(config: dict[str, Any], option: str, default: int) -> int:
+    """A whole number, or ValueError."""
+    value = number(config, option, default)
+    if not math.isfinite(value) or value != int(value):
+        raise ValueError(f"scheduler option {option}={value!r} must be a whole number")
+    return int(value)
+
+
 def flag(config: dict[str, Any], option: str, default: bool) -> bool:
     """True or false, or ValueError."""
     value = config.get(option, default)
@@ -45,16 +55,22 @@ def check_positive(**values: float) -> None:
     """ValueError unless every number is above zero and finite."""
     for name, value in values.items():
         if not 0 < value < math.inf:
-            raise ValueError(f"{name}={value} must be positive")
+            raise ValueError(f"{name}={value} must be positive and finite")
 
 
 def check_train_timesteps(train_timesteps: int) -> None:
-    """ValueError below one timestep."""
-    if train_timesteps < 1:
-        raise ValueError(f"{train_timesteps=} must be at least 1")
+    """ValueError unless it is a whole number of at least 1."""
+    _check_count(train_timesteps=train_timesteps)
 
 
 def check_steps(steps: int) -> None:
-    """ValueError for fewer than one step."""
-    if steps < 1:
-        raise ValueError(f"{steps=} must be at least 1")
+    """ValueError unless it is a whole number of at least 1."""
+    _check_count(steps=steps)
+
+
+def _check_count(**values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | np.integer):
+            raise ValueError(f"{name}={value!r} must be a whole number")
+        if value < 1:
+            raise ValueError(f"{name}={value} must be at least 1")

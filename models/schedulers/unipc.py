@@ -72,8 +72,8 @@ class UniPC:
         options.check_off(config, *_MUST_BE_OFF)
         for option, (default, supported) in _ONLY.items():
             options.check_only(config, option, default, supported)
-        shift, train = options.number(config, "flow_shift", 1.0), options.number(config, "num_train_timesteps", 1000)
-        return cls(float(shift), int(train))
+        shift, train = options.number(config, "flow_shift", 1.0), options.whole(config, "num_train_timesteps", 1000)
+        return cls(float(shift), train)
 
     def tables(self, steps: int) -> dict[str, np.ndarray]:
         """float32 [steps] each; computed in float64 from sigmas that are rounded to float32, as diffusers' are.

@@ -11,6 +11,8 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
+from models.transformers.layers import channels
+
 Progress = Callable[[int, int], None]
 """Called with (pieces decoded, pieces in all) after each piece."""
 
@@ -150,7 +152,8 @@ class Conv(nnx.Module):
     def __call__(self, x: Array) -> Array:
         """[B, T, H, W, in] to [B, T - t + 1, H - h + 1, W - w + 1, out]."""
         numbers = ("NDHWC", "DHWIO", "NDHWC")
-        return lax.conv_general_dilated(x, self.kernel[...], (1, 1, 1), "VALID", None, None, numbers) + self.bias[...]
+        y = lax.conv_general_dilated(x, self.kernel[...], (1, 1, 1), "VALID", None, None, numbers)
+        return y + channels(self.bias[...], y)
 
 
 def upsample(x: Array, frames: int, size: int) -> Array:

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.transformers.layers import Linear, silu
+from models.transformers.layers import Linear, channels, silu
 from models.vae.base import Conv, Tiling, VAEConfig, VideoVAE, time_windows, upsample
 
 
@@ -87,7 +87,8 @@ class GroupNorm(nnx.Module):
         y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
         y = y - y.mean((1, 3), keepdims=True)
         y = y * jax.lax.rsqrt((y * y).mean((1, 3), keepdims=True) + 1e-6)
-        y = y.reshape(x.shape) * self.scale[...].astype(jnp.float32) + self.bias[...].astype(jnp.float32)
+        scale, bias = (channels(p[...].astype(jnp.float32), x) for p in (self.scale, self.bias))
+        y = y.reshape(x.shape) * scale + bias
         return y.astype(x.dtype)
 
 

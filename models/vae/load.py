@@ -1,7 +1,7 @@
 """VAE decoders from a checkpoint: diffusers `vae/` folders to Flax modules, every decoder key used once."""
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint.safetensors_folder import CheckpointError, is_finite, read_folder, read_json
+from models.checkpoint.formats import prefixes, several_models, under
+from models.checkpoint.safetensors_folder import CheckpointError, Tensor, is_finite, read_json
+from models.checkpoint.weight_files import read_weights
 from models.vae.base import WHOLE, Tiling, VAEConfig, VideoVAE
 from models.vae.hunyuan import HunyuanVAEConfig, HunyuanVideoVAE
 from models.vae.wan import WanVAE, WanVAEConfig
@@ -32,7 +34,7 @@ VAES = {
 }
 """diffusers class name -> port."""
 
-_ENCODER = re.compile(r"(encoder|quant_conv)\..+")
+ENCODER = re.compile(r"(encoder|quant_conv)\..+")
 """Keys that decoding has no use for."""
 _NAMES = {"kernel": "weight", "scale": "weight", "resample": "resample.1", "to_out": "to_out.0"}
 """NNX attributes that diffusers names differently."""
@@ -90,6 +92,11 @@ def _parameters(vae: VideoVAE) -> dict[tuple[Any, ...], Any]:
     return dict(nnx.to_flat_state(nnx.state(vae, nnx.Param)))
 
 
+def _keys(vae: VideoVAE) -> dict[tuple[Any, ...], str]:
+    """NNX path -> diffusers' key of every parameter."""
+    return {path: ".".join(_NAMES.get(str(part), str(part)) for part in path) for path in _parameters(vae)}
+
+
 def plan_vae(tensors: Mapping[str, Any], vae: VideoVAE) -> dict[tuple[Any, ...], str]:
     """NNX path -> key of the tensor (anything with `.shape`) that fills it.
 
@@ -97,14 +104,14 @@ def plan_vae(tensors: Mapping[str, Any], vae: VideoVAE) -> dict[tuple[Any, ...],
     or misshapen keys before anything is read.
     """
     parameters = _parameters(vae)
-    keys = {path: ".".join(_NAMES.get(str(part), str(part)) for part in path) for path in parameters}
+    keys = _keys(vae)
     wanted = set(keys.values())
     misshapen = [
         f"{key} {list(tensors[key].shape)} for {list(parameters[path].shape)}"
         for path, key in keys.items()
         if key in tensors and not _fits(tuple(tensors[key].shape), tuple(parameters[path].shape))
     ]
-    unexpected = [key for key in tensors if key not in wanted and not _ENCODER.fullmatch(key)]
+    unexpected = [key for key in tensors if key not in wanted and not ENCODER.fullmatch(key)]
     problems = {"missing": sorted(wanted - set(tensors)), "unexpected": unexpected, "misshapen": misshapen}
     for title, names in problems.items():
         if names:
@@ -116,10 +123,35 @@ def plan_vae(tensors: Mapping[str, Any], vae: VideoVAE) -> dict[tuple[Any, ...],
     return keys
 
 
-def load_vae(path: str | Path, dtype: Any = jnp.float32) -> VideoVAE:
+def read_vae(folder: Path, keys: Collection[str], follow_links: bool = False) -> dict[str, Tensor]:
+    """The tensors of a VAE's folder, without a prefix of them all, and without buffers that are none of `keys`.
+
+    `keys`: what its decoder has. Raises CheckpointError, also for weights of a dtype that is not supported.
+    """
+    tensors = read_weights(folder, follow_links)
+    found = prefixes(tensors, (min(keys),))
+    if len(found) > 1:
+        raise several_models(folder, found)
+    tensors = under(tensors, found[0] if found else "")
+    for key in keys:
+        if key in tensors and (problem := tensors[key].problem):
+            raise CheckpointError(problem)
+    return {key: tensor for key, tensor in tensors.items() if not tensor.problem}
+
+
+def read_finite(key: str, tensor: Tensor) -> np.ndarray:
+    """The values of a tensor. Raises CheckpointError for NaN and infinite ones."""
+    value = tensor.read()
+    if not is_finite(value):
+        raise CheckpointError(f"{tensor.file}: tensor {key!r} has NaN or infinite values; it is broken")
+    return value
+
+
+def load_vae(path: str | Path, dtype: Any = jnp.float32, *, follow_links: bool = False) -> VideoVAE:
     """Loads the decoder of a diffusers `vae/` folder, or of the pipeline folder around it.
 
     `dtype` of weights and computation: the published videos are decoded in float32 or float16 (Wan, HunyuanVideo).
+    `follow_links`: the files of the folder may be links out of it; else only to the blobs of its own hub cache.
     Raises CheckpointError, a ValueError, for anything that cannot be loaded whole.
     """
     folder = vae_folder(Path(path))
@@ -129,12 +161,10 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32) -> VideoVAE:
         raise
     except ValueError as error:
         raise CheckpointError(f"{folder / 'config.json'}: {error}") from error
-    tensors = read_folder(folder)
+    tensors = read_vae(folder, _keys(vae).values(), follow_links)
     flat = _parameters(vae)
     for place, key in plan_vae(tensors, vae).items():
-        value, leaf = tensors[key].read(), flat[place]
-        if not is_finite(value):
-            raise CheckpointError(f"{tensors[key].file}: tensor {key!r} has NaN or infinite values; it is broken")
+        value, leaf = read_finite(key, tensors[key]), flat[place]
         flat[place] = leaf.replace(jnp.asarray(_to_nnx(value, leaf.shape), leaf.dtype))
     nnx.update(vae, nnx.from_flat_state(list(flat.items())))
     return vae

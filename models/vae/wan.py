@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from models.transformers.layers import Linear, silu
+from models.transformers.layers import Linear, channels, silu
 from models.vae.base import Conv, Tiling, VAEConfig, VideoVAE, upsample
 
 _MEAN: tuple[float, ...] = (
@@ -126,7 +126,7 @@ class RMSNorm(nnx.Module):
         """[..., dim] to the same."""
         y = x.astype(jnp.float32)
         y = y / jnp.maximum(jnp.sqrt((y * y).sum(-1, keepdims=True)), 1e-12)
-        return y.astype(x.dtype) * x.shape[-1] ** 0.5 * self.gamma[...]
+        return y.astype(x.dtype) * x.shape[-1] ** 0.5 * channels(self.gamma[...], x)
 
 
 class Resnet(nnx.Module):
@@ -306,7 +306,7 @@ class WanVAE(VideoVAE):
 
     def unscale(self, latents: Array) -> Array:
         """latents * std + mean, by channel."""
-        column = lambda values: np.array(values, np.float32)[:, None, None, None]
+        column = lambda values: np.array(values, np.float32)[None, :, None, None, None]
         return latents.astype(jnp.float32) * column(self.config.latents_std) + column(self.config.latents_mean)
 
     def _chunk(self, tiling: Tiling) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import av
-import diffusers
 import numpy as np
 import pytest
 
@@ -14,21 +13,6 @@ from models import decode, sample
 from models.commands.cli import run_cli
 from models.pipeline.embeddings import write_tensors
 from models.pipeline.latents import read_latents
-from tests.models.pipeline.test_video import embeddings_of, save, unipc
-from tests.models.test_encode_prompt import vae
-from tests.models.transformers import test_wan
-from tests.models.transformers.ports import reference
-
-
-@pytest.fixture(scope="module")
-def pipeline(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny Wan pipeline with its VAE, and prompts.safetensors in it."""
-    folder = tmp_path_factory.mktemp("wan")
-    transformer = reference(diffusers.WanTransformer3DModel, test_wan.SMALL)
-    save(folder, diffusers.WanPipeline(None, None, None, unipc(), transformer))
-    vae("wan2.1").save_pretrained(folder / "vae")
-    write_tensors(folder / "prompts.safetensors", embeddings_of(11, 24), {"prompts": json.dumps(["a cat"])})
-    return folder
 
 
 def call(monkeypatch: pytest.MonkeyPatch, command: Any, *arguments: Any) -> int:
@@ -43,10 +27,10 @@ def arguments(folder: Path, out: Path) -> list[Any]:
     return ["--checkpoint", folder, "--embeddings", folder / "prompts.safetensors", *size, "--out", out]
 
 
-def test_from_embeddings_to_video_and_decoded_again(pipeline: Path, tmp_path: Path, monkeypatch) -> None:
+def test_from_embeddings_to_video_and_decoded_again(wan_pipeline: Path, tmp_path: Path, monkeypatch) -> None:
     out = tmp_path / "out"
     flags = ["--compare", "--preset", "quality", "--dense-layer", 0, "--dense-last-steps", 1, "--share-cfg-indices"]
-    assert call(monkeypatch, sample, *arguments(pipeline, out), *flags) == 0
+    assert call(monkeypatch, sample, *arguments(wan_pipeline, out), *flags) == 0
     files = ["blocks.png", "latents.safetensors", "report.json", "sheet.png", "video.mp4"]
     assert sorted(p.name for p in out.iterdir()) == files
     report = json.loads((out / "report.json").read_text())
@@ -64,17 +48,17 @@ def test_from_embeddings_to_video_and_decoded_again(pipeline: Path, tmp_path: Pa
     assert {name: x.shape for name, x in saved.runs.items()} == dict.fromkeys(("dense", "AdaSpa"), (1, 4, 3, 6, 10))
 
     again = tmp_path / "again"
-    assert call(monkeypatch, decode, "--checkpoint", pipeline, "--latents", out / files[1], "--out", again) == 0
+    assert call(monkeypatch, decode, "--checkpoint", wan_pipeline, "--latents", out / files[1], "--out", again) == 0
     assert sorted(p.name for p in again.iterdir()) == ["sheet.png", "video.mp4"]
     assert (again / "sheet.png").read_bytes() == (out / "sheet.png").read_bytes()
 
 
-def test_without_a_vae_latents_are_what_is_left(pipeline: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_without_a_vae_latents_are_what_is_left(wan_pipeline: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in ("transformer", "scheduler", "model_index.json"):
-        (bare / name).symlink_to(pipeline / name)
-    call_it = arguments(pipeline, tmp_path / "out")
+        (bare / name).symlink_to(wan_pipeline / name)
+    call_it = arguments(wan_pipeline, tmp_path / "out")
     assert call(monkeypatch, sample, *call_it[:1], bare, *call_it[2:], "--dense") == 0
     assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["latents.safetensors", "report.json"]
     assert "python -m models.decode" in capsys.readouterr().err
@@ -92,10 +76,10 @@ BAD: dict[str, tuple[list[Any], str]] = {
 
 @pytest.mark.parametrize("case", BAD)
 def test_bad_input_is_one_line_and_leaves_nothing(
-    case: str, pipeline: Path, tmp_path: Path, monkeypatch, capsys
+    case: str, wan_pipeline: Path, tmp_path: Path, monkeypatch, capsys
 ) -> None:
     change, message = BAD[case]
-    given = arguments(pipeline, tmp_path / "out")
+    given = arguments(wan_pipeline, tmp_path / "out")
     if change == ["--embeddings"]:
         given[3] = tmp_path / "no.safetensors"
     elif change[0] == "--frames":
@@ -111,11 +95,11 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_other_files_are_no_latents(pipeline: Path, tmp_path: Path, monkeypatch, capsys) -> None:
+def test_other_files_are_no_latents(wan_pipeline: Path, tmp_path: Path, monkeypatch, capsys) -> None:
     (tmp_path / "text").write_text("no")
     write_tensors(tmp_path / "foreign", {"x": np.zeros(3)})
     for name, message in (("absent", "does not exist"), ("text", "holds no latents"), ("foreign", "holds no latents")):
-        given = ["--checkpoint", pipeline, "--latents", tmp_path / name, "--out", tmp_path / "out"]
+        given = ["--checkpoint", wan_pipeline, "--latents", tmp_path / name, "--out", tmp_path / "out"]
         assert call(monkeypatch, decode, *given) == 2
         assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

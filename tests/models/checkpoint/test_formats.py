@@ -24,12 +24,13 @@ from safetensors.torch import save_file
 
 import models
 from convert.writer import convert
+from models.checkpoint.formats import to_diffusers
 from models.checkpoint.inferred_config import infer_config
 from models.checkpoint.key_table import plan
 from models.checkpoint.loading import abstract_model, open_source, parameter_shapes
 from models.checkpoint.registry import PORTS
 from models.checkpoint.safetensors_folder import INDEX, SINGLE, CheckpointError
-from models.checkpoint.weight_files import expert_folders, read_weights, to_diffusers
+from models.checkpoint.weight_files import expert_folders, read_weights
 from tests.models.checkpoint.originals import Weights, to_cogvideox, to_hunyuan, to_wan
 
 HUNYUAN = {
@@ -173,7 +174,7 @@ def test_the_tables_agree_with_diffusers_own_converters(name: str, tmp_path: Pat
     narrow = {key: torch.randn(shape[0], *(min(2, n) for n in shape[1:])) for key, shape in shapes.items()}
     published = {key: value.contiguous() for key, value in original(narrow).items()}
     save_file(published, tmp_path / "w.safetensors")
-    known, ours = to_diffusers(read_weights(tmp_path / "w.safetensors"))
+    known, ours = to_diffusers(tmp_path, read_weights(tmp_path / "w.safetensors"))
     assert known is not None
     assert known.class_name == cls.__name__
     theirs = converter(dict(published))
@@ -189,6 +190,7 @@ class Meta:
 
     shape: tuple[int, ...]
     file: Path = Path("meta")
+    problem: str | None = None
 
     @property
     def dtype(self) -> np.dtype:
@@ -254,7 +256,7 @@ def test_every_key_and_shape_of_the_published_file_is_mapped(name: str) -> None:
         weights = cls(**options).state_dict()
     published = original(weights)
     assert len(published) == keys
-    known, tensors = to_diffusers({key: Meta(tuple(value.shape)) for key, value in published.items()})
+    known, tensors = to_diffusers(Path(name), {key: Meta(tuple(value.shape)) for key, value in published.items()})
     assert known is not None
     assert known.moves is not None
     assert len(tensors) == mapped

@@ -1,0 +1,40 @@
+"""Seeds to PRNG keys: 64 bits, and the same numbers whatever `jax_enable_x64` and the default PRNG are."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+
+def check_seed(seed: Any) -> int:
+    """`seed` as an int. Raises ValueError unless it is a whole number in 0 .. 2^64 - 1."""
+    try:
+        number = -1 if isinstance(seed, bool | np.bool_) else operator.index(seed)
+    except TypeError:
+        number = -1
+    if not 0 <= number < 1 << 64:
+        raise ValueError(f"seed={seed!r} must be a whole number in 0 .. 2^64 - 1")
+    return number
+
+
+def random_key(seed: Any) -> Array:
+    """The key of a seed, a threefry key of its own for each; below 2^32 that of `jax.random.key`.
+
+    Raises ValueError for what is no seed.
+    """
+    number = check_seed(seed)
+    # Both halves by hand: without x64 `jax.random.key` drops the upper one.
+    halves = np.array([number >> 32, number & 0xFFFFFFFF], np.uint32)
+    return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
+
+
+def as_key(seed: Any) -> Array:
+    """The key of a seed, of a traced whole number of 32 bits, or a key as it is."""
+    if not isinstance(seed, Array):
+        return random_key(seed)
+    if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
+        return seed
+    return jax.random.key(seed, impl="threefry2x32")

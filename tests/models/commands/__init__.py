@@ -1,0 +1,1 @@
+"""Tests of the commands: options, results and errors, with the sampling itself left out."""
