@@ -12,7 +12,7 @@ import pytest
 from jax import Array
 
 from pallas_kernels import reference
-from pallas_kernels.blocks import block_count, expand_blocks, expand_valid
+from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import backend
 
@@ -152,8 +152,8 @@ def kept(case: Case, x: Operands, selected: bool) -> Array:
     if not selected:
         return jnp.broadcast_to(columns, (*x.q.shape[:3], case.keys))
     nk = block_count(case.keys, case.block_k)
-    used = jnp.arange(x.indices.shape[-1]) < x.counts[..., None]
-    hit = ((x.indices[..., None].astype(jnp.int32) == jnp.arange(nk)) & used[..., None]).any(-2)
+    used = numbers(x.indices.shape[-1], 4) < x.counts[..., None]
+    hit = ((x.indices[..., None].astype(jnp.int32) == numbers(nk, 5)) & used[..., None]).any(-2)
     blocks = expand_blocks(expand_blocks(hit, case.block_k, case.keys, axis=3), case.block_q, case.rows, axis=2)
     return blocks & columns
 
