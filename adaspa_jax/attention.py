@@ -1,8 +1,9 @@
-"""adaspa_attention: one attention call of a video DiT, and the one switch over step kinds."""
+"""adaspa_attention: one attention call of a video DiT, and the one switch over step kinds, on one device or a mesh."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -10,21 +11,35 @@ from jax import Array, lax
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.schedule import StepKind
-from adaspa_jax.search import select_blocks
+from adaspa_jax.search import Selection, select_blocks
+from adaspa_jax.sharding import ALONE, DATA, ROWS, AttentionSharding, Spread, inverse, take_heads
 from adaspa_jax.state import SparseState
 from pallas_kernels import Implementation, block_mass, block_sparse_attention, flash_attention
 
+Parts = tuple[Array, Array]
+"""Video [B, N, H, D] in the layout's order and text [B, Nt, H, D]; Nt = 0 where there is none."""
+_TEXT_KEYS = 8
+"""At most so many parts of the keys of text rows, on a mesh: a few rows of a few heads would leave a chip idle."""
+
 
 class _Call(NamedTuple):
-    """The operands of one call: q, k, v [B, H, L, D], valid counts [B, nk], the static rest."""
+    """The operands of one call on one device, and the static rest."""
 
     q: Array
+    """[B, H, rows + Nt, D]: this device's video rows, then text."""
     k: Array
+    """[B, H, L, D]"""
     v: Array
+    """[B, H, L, D]"""
+    rows: int
     block_valid: Array
+    """int32 [B, nk]"""
+    query_valid: Array
+    """int32 [B, blocks of rows]"""
     layout: TokenLayout
     config: SparseConfig
     implementation: Implementation | None
+    spread: Spread = ALONE
 
     def dense(self, q: Array) -> tuple[Array, Array]:
         """(out, LSE) of rows q over all keys."""
@@ -32,17 +47,38 @@ class _Call(NamedTuple):
             q, self.k, self.v, block_valid=self.block_valid, return_lse=True, implementation=self.implementation
         )
 
+    def text(self) -> Array:
+        """[B, H, Nt, D] of the text rows over all keys, a part of the keys after the other merged by LSE."""
+        q, blocks = self.q[:, :, self.rows :], self.layout.num_blocks
+        parts = max(n for n in range(1, _TEXT_KEYS + 1) if blocks % n == 0) if self.spread.heads else 1
+        if parts == 1 or not q.shape[2]:
+            return self.dense(q)[0] if q.shape[2] else q
+        batch, heads, count, dim = q.shape
+        apart = lambda x: x.reshape(batch * heads * parts, 1, -1, dim)
+        every = jnp.broadcast_to(q[:, :, None], (batch, heads, parts, count, dim))
+        valid = jnp.broadcast_to(self.block_valid.reshape(batch, 1, parts, -1), (batch, heads, parts, blocks // parts))
+        out, lse = flash_attention(
+            apart(every),
+            apart(self.k),
+            apart(self.v),
+            block_valid=valid.reshape(-1, blocks // parts),
+            return_lse=True,
+            implementation=self.implementation,
+        )
+        weights = jax.nn.softmax(lse.reshape(batch, heads, parts, count, 1), axis=2)
+        out = (out.reshape(batch, heads, parts, count, dim).astype(jnp.float32) * weights).sum(2)
+        return out.astype(q.dtype)
+
     def mass(self, lse: Array) -> tuple[Array, Array]:
-        """(mass [B, H, nq, nk], row sums [B, H, video_length]) of the video rows under `lse` [B, H, L]."""
-        video = self.layout.video_length
+        """(mass [B, H, nq, nk], row sums [B, H, rows]) of the video rows under `lse` [B, H, rows]."""
         return block_mass(
-            self.q[:, :, :video],
+            self.q[:, :, : self.rows],
             self.k,
-            lse[:, :, :video],
+            lse,
             block_q=self.layout.block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
-            query_valid=self.block_valid[:, : self.layout.video_blocks],
+            query_valid=self.query_valid,
             return_row_sum=True,
             implementation=self.implementation,
         )
@@ -53,39 +89,48 @@ class _Call(NamedTuple):
         if not self.config.share_cfg_indices:
             return self
         half = self.q.shape[0] // 2
-        return self._replace(q=self.q[half:], k=self.k[half:], v=self.v[half:], block_valid=self.block_valid[half:])
+        arrays = {name: getattr(self, name)[half:] for name in ("q", "k", "v", "block_valid", "query_valid")}
+        return self._replace(**arrays)
 
-    def sparse(self, state: SparseState) -> tuple[Array, Array]:
-        """(out [B, H, L, D], LSE of the text rows): video rows over their blocks, text rows over everything."""
-        video = self.layout.video_length
-        everyone = (lambda x: jnp.concatenate([x, x])) if self.config.share_cfg_indices else (lambda x: x)
+    def sparse(self, indices: Array, counts: Array) -> Array:
+        """[B, H, rows + Nt, D]: video rows over their blocks, text rows over everything."""
         out = block_sparse_attention(
-            self.q[:, :, :video],
+            self.q[:, :, : self.rows],
             self.k,
             self.v,
-            everyone(state.indices),
-            everyone(state.counts),
+            everyone(indices, self.config),
+            everyone(counts, self.config),
             block_q=self.layout.block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
             implementation=self.implementation,
         )
-        if not self.layout.text:
-            return out, state.lse[:, :, :0]
-        text, text_lse = self.dense(self.q[:, :, video:])
-        return jnp.concatenate([out, text], axis=2), text_lse[-state.lse.shape[0] :]
+        return jnp.concatenate([out, self.text()], axis=2) if self.layout.text else out
 
-    def search(self, mass: Array, lse: Array, drift: Array, state: SparseState) -> SparseState:
-        """The state after a search that measured `mass`."""
-        found = select_blocks(mass, self.layout, self.config)
+    def select(self, mass: Array, state: SparseState) -> Selection:
+        """Blocks for the heads in their old places."""
+        return select_blocks(mass, self.layout, self.config, self.spread, state.places)
+
+    def keep(self, found: Selection, mass: Array, lse: Array, drift: Array, state: SparseState) -> SparseState:
+        """The state after a search, heads dealt anew to the devices."""
+        places, move = state.places, lambda x: x
+        if self.spread.heads is not None and self.config.head_adaptive:
+            places = self.spread.deal(found.budgets)
+            move = lambda x: self.spread.mine(self.spread.by_head(x, state.places), places)
         kept_mass = mass if state.mass.size else state.mass
-        return SparseState(found.indices, found.counts, lse, found.recall, drift, kept_mass)
+        lists = move(found.indices), move(found.counts), move(lse)
+        return SparseState(*lists, found.recall, drift, kept_mass, places)
 
-    def mean_over_rows(self, x: Array) -> Array:
-        """[B, H] mean of x [B, H, video_length] over the valid video rows."""
-        layout = self.layout
-        rows = (np.arange(layout.block) < layout.video_valid[:, None]).reshape(1, 1, -1)
-        return jnp.where(rows, x, 0.0).sum(-1) / layout.video_tokens
+    def drift(self, change: Array, state: SparseState) -> Array:
+        """[B, H] by head, the mean of |change| [B, H, rows] over the valid video rows."""
+        inside = np.arange(self.layout.block, dtype=np.int32)[None, None] < self.query_valid[..., None]
+        total = jnp.where(inside.reshape(len(change), 1, -1), jnp.abs(change), 0.0).sum(-1)
+        return self.spread.by_head(self.spread.sum_rows(total), state.places) / self.layout.video_tokens
+
+
+def everyone(x: Array, config: SparseConfig) -> Array:
+    """What was found for the conditional branch, for both; else x."""
+    return jnp.concatenate([x, x]) if config.share_cfg_indices else x
 
 
 def _dense(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
@@ -94,28 +139,29 @@ def _dense(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
 
 def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
-    searched, lse = call.searched, lse[-state.lse.shape[0] :]
-    return out, searched.search(searched.mass(lse)[0], lse, jnp.zeros_like(state.drift), state)
+    searched, lse = call.searched, lse[-state.lse.shape[0] :, :, : call.rows]
+    mass = searched.mass(lse)[0]
+    return out, searched.keep(searched.select(mass, state), mass, lse, jnp.zeros_like(state.drift), state)
 
 
 def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    video, searched = call.layout.video_length, call.searched
+    searched = call.searched
     if call.config.lse_cache:
         mass, row_sum = searched.mass(state.lse)
         # A row without a valid key has LSE -inf and sum 0, and keeps both.
         change = jnp.where(row_sum > 0, jnp.log(jnp.where(row_sum > 0, row_sum, 1.0)), 0.0)
-        lse = state.lse[:, :, :video] + change
+        lse = state.lse + change
     else:
-        lse = searched.dense(searched.q[:, :, :video])[1]
+        lse = searched.dense(searched.q[:, :, : call.rows])[1]
         mass, _ = searched.mass(lse)
-        change = jnp.where(jnp.isfinite(lse), lse - state.lse[:, :, :video], 0.0)
-    found = call.search(mass, state.lse, call.mean_over_rows(jnp.abs(change)), state)
-    out, text_lse = call.sparse(found)
-    return out, found._replace(lse=jnp.concatenate([lse, text_lse], axis=2))
+        change = jnp.where(jnp.isfinite(lse), lse - state.lse, 0.0)
+    found = searched.select(mass, state)
+    out = call.sparse(found.indices, found.counts)
+    return out, searched.keep(found, mass, lse, searched.drift(change, state), state)
 
 
 def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    return call.sparse(state)[0], state
+    return call.sparse(state.indices, state.counts), state
 
 
 _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseState]]] = {
@@ -124,6 +170,16 @@ _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseStat
     StepKind.CACHED_SEARCH: _cached_search,
     StepKind.SPARSE: _sparse,
 }
+
+
+def _run(call: _Call, state: SparseState | None, step_kind: Any) -> tuple[Array, SparseState | None]:
+    """([B, H, rows + Nt, D], new state): the switch over step kinds."""
+    if state is None:
+        return call.dense(call.q)[0], None
+    if isinstance(step_kind, int):
+        return _BRANCHES[StepKind(step_kind)](call, state)
+    branches = [lambda state, run=run: run(call, state) for run in _BRANCHES.values()]
+    return lax.switch(step_kind, branches, state)
 
 
 def adaspa_attention(
@@ -137,6 +193,7 @@ def adaspa_attention(
     config: SparseConfig,
     block_valid: Array | None = None,
     implementation: Implementation | None = None,
+    sharding: AttentionSharding | None = None,
 ) -> tuple[Array, SparseState | None]:
     """Joint self-attention of one layer in one denoising step, dense or sparse by `step_kind`.
 
@@ -150,37 +207,168 @@ def adaspa_attention(
       config: sparsity, tiers, cache; its block size must be the layout's.
       block_valid: int32 [B, layout.num_blocks] from `layout.block_valid`, may be traced; None: all text is real.
       implementation: which kernels run, see `pallas_kernels`.
+      sharding: how attention is spread over a mesh, inside `jax.jit`; the state must have been created with it. The
+        result is that of one device. `attend` takes video and text apart, which saves cutting and joining here.
 
     Returns:
       (out [B, L, H, D] in q's dtype, new state). Padding rows of out hold numbers that nobody should read.
 
     Raises:
-      ValueError: shapes that do not fit each other, the layout or the state.
+      ValueError: shapes that do not fit each other, the layout, the state or the mesh.
       NotImplementedError: the named implementation cannot serve the call.
     """
-    _check_operands(q, k, v, layout, config)
-    batch, _, heads, _ = q.shape
-    valid = layout.block_valid(None, batch) if block_valid is None else block_valid
-    if valid.shape != (batch, layout.num_blocks):
-        raise ValueError(f"block_valid must be [B, blocks] = {[batch, layout.num_blocks]}; got {list(valid.shape)}")
-    heads_first = [x.swapaxes(1, 2) for x in (q, k, v)]
-    call = _Call(heads_first[0], heads_first[1], heads_first[2], valid, layout, config, implementation)
-    if state is None:
-        if not isinstance(step_kind, int) or step_kind != StepKind.DENSE:
-            raise ValueError(f"step_kind={step_kind!r} needs a state; without one every step is StepKind.DENSE")
-        return call.dense(call.q)[0].swapaxes(1, 2), None
-    state.check(layout, config, batch, heads)
-    if isinstance(step_kind, int):
-        out, state = _BRANCHES[StepKind(step_kind)](call, state)
-    else:
-        branches = [lambda state, run=run: run(call, state) for run in _BRANCHES.values()]
-        out, state = lax.switch(step_kind, branches, state)
-    return out.swapaxes(1, 2), state
-
-
-def _check_operands(q: Array, k: Array, v: Array, layout: TokenLayout, config: SparseConfig) -> None:
     if q.ndim != 4 or k.shape != q.shape or v.shape != q.shape or q.shape[1] != layout.length:
         shapes = f"q {list(q.shape)}, k {list(k.shape)}, v {list(v.shape)}"
         raise ValueError(f"q, k and v must be [B, L, H, D] with L = {layout.length} for this layout; got {shapes}")
+    valid = _check(q, state, step_kind, layout, config, block_valid, sharding)
+    if sharding is None:
+        return _alone(q, k, v, state, step_kind, layout, config, valid, implementation)
+    video = layout.video_length
+    cut = lambda x: (sharding.pad(x[:, :video], layout), x[:, video:])
+    options: dict[str, Any] = {"layout": layout, "config": config, "block_valid": valid}
+    options |= {"implementation": implementation}
+    (out, text), state = attend(cut(q), cut(k), cut(v), state, step_kind, sharding=sharding, **options)
+    return jnp.concatenate([out[:, :video], text], axis=1), state
+
+
+def attend(
+    q: Parts,
+    k: Parts,
+    v: Parts,
+    state: SparseState | None,
+    step_kind: StepKind | int | Array,
+    *,
+    layout: TokenLayout,
+    config: SparseConfig,
+    block_valid: Array | None = None,
+    implementation: Implementation | None = None,
+    sharding: AttentionSharding | None = None,
+) -> tuple[Parts, SparseState | None]:
+    """`adaspa_attention` of video and text apart; on a mesh the video is padded, by `sharding.pad`.
+
+    Raises as `adaspa_attention` does.
+    """
+    length = layout.video_length if sharding is None else sharding.video_length(layout)
+    for name, (video, text) in {"q": q, "k": k, "v": v}.items():
+        if (
+            video.shape != q[0].shape
+            or text.shape != q[1].shape
+            or (video.shape[1], text.shape[1])
+            != (
+                length,
+                layout.text_length,
+            )
+        ):
+            raise ValueError(
+                f"{name} must be video [B, {length}, H, D] and text [B, {layout.text_length}, H, D] for this layout, "
+                f"like q; got {list(video.shape)} and {list(text.shape)}"
+            )
+    valid = _check(q[0], state, step_kind, layout, config, block_valid, sharding)
+    if sharding is not None:
+        return _on_mesh(q, k, v, state, step_kind, layout, config, valid, implementation, sharding)
+    join = lambda parts: jnp.concatenate(parts, axis=1) if layout.text else parts[0]
+    out, state = _alone(join(q), join(k), join(v), state, step_kind, layout, config, valid, implementation)
+    return (out[:, :length], out[:, length:]), state
+
+
+def _check(
+    q: Array,
+    state: SparseState | None,
+    step_kind: Any,
+    layout: TokenLayout,
+    config: SparseConfig,
+    block_valid: Array | None,
+    sharding: AttentionSharding | None,
+) -> Array:
+    """`block_valid` filled in. ValueError for what does not fit."""
+    batch, _, heads, _ = q.shape
     if config.block_size != layout.block:
         raise ValueError(f"block_size={config.block_size} of the config is not the layout's {layout.block}")
+    valid = layout.block_valid(None, batch) if block_valid is None else block_valid
+    if valid.shape != (batch, layout.num_blocks):
+        raise ValueError(f"block_valid must be [B, blocks] = {[batch, layout.num_blocks]}; got {list(valid.shape)}")
+    if sharding is not None:
+        sharding.check(config, batch, heads)
+    if state is not None:
+        state.check(layout, config, batch, heads, sharding)
+    elif not isinstance(step_kind, int) or step_kind != StepKind.DENSE:
+        raise ValueError(f"step_kind={step_kind!r} needs a state; without one every step is StepKind.DENSE")
+    return valid
+
+
+def _alone(
+    q: Array,
+    k: Array,
+    v: Array,
+    state: SparseState | None,
+    step_kind: Any,
+    layout: TokenLayout,
+    config: SparseConfig,
+    valid: Array,
+    implementation: Implementation | None,
+) -> tuple[Array, SparseState | None]:
+    """On one device, [B, L, H, D]."""
+    q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+    rows = layout.video_length, valid, valid[:, : layout.video_blocks]
+    out, state = _run(_Call(q, k, v, *rows, layout, config, implementation), state, step_kind)
+    return out.swapaxes(1, 2), state
+
+
+def _on_mesh(
+    q: Parts,
+    k: Parts,
+    v: Parts,
+    state: SparseState | None,
+    step_kind: Any,
+    layout: TokenLayout,
+    config: SparseConfig,
+    valid: Array,
+    implementation: Implementation | None,
+    sharding: AttentionSharding,
+) -> tuple[Parts, SparseState | None]:
+    """One shard_map around the switch: heads by all-to-all, K and V gathered over rows."""
+    spread, video_length, heads = sharding.spread, layout.video_length, q[0].shape[2]
+    blocks = sharding.video_length(layout) // layout.block
+    query_valid = jnp.pad(valid[:, : layout.video_blocks], ((0, 0), (0, blocks - layout.video_blocks)))
+    static = isinstance(step_kind, int)
+
+    def local(q: Parts, k: Parts, v: Parts, valid: Array, query_valid: Array, state: Any, kind: Any) -> Any:
+        places = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), (len(valid), heads))
+        if state is not None:
+            places = everyone(state.places, config)
+        q, k, v = (_to_heads(x, places, spread) for x in (q, k, v))
+        if spread.rows is not None:
+            k, v = ((lax.all_gather(x, spread.rows, axis=1, tiled=True), text) for x, text in (k, v))
+        rows = q[0].shape[1]
+        join = lambda video, text: jnp.concatenate([video, text], axis=1).swapaxes(1, 2)
+        keys, values = (join(video[:, :video_length], text) for video, text in (k, v))
+        call = _Call(join(*q), keys, values, rows, valid, query_valid, layout, config, implementation, spread)
+        out, state = _run(call, state, step_kind if static else kind)
+        out = out.swapaxes(1, 2)
+        return _from_heads((out[:, :rows], out[:, rows:]), places, spread), state
+
+    video, text = sharding.spec(DATA, "tokens"), sharding.spec(DATA)
+    parts = (video, text)
+    states = None if state is None else SparseState.specs(sharding, layers=False)
+    in_specs = (parts, parts, parts, text, sharding.spec(DATA, ROWS), states, sharding.spec())
+    run = jax.shard_map(local, mesh=sharding.mesh, in_specs=in_specs, out_specs=(parts, states), check_vma=False)
+    kind = jnp.int32(0) if static else step_kind
+    (video, text), state = run(q, k, v, valid, query_valid, state, kind)
+    return (sharding.video(video), sharding.text(text)), state
+
+
+def _to_heads(x: Parts, places: Array, spread: Spread) -> Parts:
+    """This device's tokens of all heads to all tokens, of its rows, of its heads."""
+    if spread.heads is None:
+        return x
+    video = lax.all_to_all(take_heads(x[0], places, 2), spread.heads, split_axis=2, concat_axis=1, tiled=True)
+    return video, spread.mine(x[1].swapaxes(1, 2), places).swapaxes(1, 2)
+
+
+def _from_heads(x: Parts, places: Array, spread: Spread) -> Parts:
+    """The way back."""
+    if spread.heads is None:
+        return x
+    video = lax.all_to_all(x[0], spread.heads, split_axis=1, concat_axis=2, tiled=True)
+    text = spread.by_head(x[1].swapaxes(1, 2), places).swapaxes(1, 2)
+    return take_heads(video, inverse(places), 2), text

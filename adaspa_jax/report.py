@@ -79,7 +79,11 @@ def summarize(
 
     `kinds` and `first` of a run of `scan_steps`: its StepKinds and its first step.
     """
-    counts = _layers(jax.tree.map(lambda s: s.counts, state, is_leaf=lambda x: isinstance(x, SparseState)))
+    counts = _layers(
+        jax.tree.map(
+            lambda s: s.counts[..., : layout.video_blocks], state, is_leaf=lambda x: isinstance(x, SparseState)
+        )
+    )
     sparse = np.setdiff1d(np.arange(len(counts)), config.dense_layers)
     density = counts.mean((1, 2, 3)) / layout.num_blocks
     density[list(config.dense_layers)] = 1.0

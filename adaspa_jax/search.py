@@ -8,6 +8,7 @@ from jax import Array, lax
 
 from adaspa_jax.config import Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
+from adaspa_jax.sharding import ALONE, Spread
 from adaspa_jax.state import index_dtype
 from pallas_kernels import lookup, partial_first
 
@@ -18,6 +19,8 @@ class Selection(NamedTuple):
     indices: Array
     counts: Array
     recall: Array
+    budgets: Array
+    """int32 [B, H], by head: blocks a row keeps, or its rows on the average."""
 
 
 def head_tiers(recall: Array, budget: Budget, threshold: float) -> Array:
@@ -39,18 +42,21 @@ def _prefer_sinks(mass: Array, layout: TokenLayout) -> Array:
     return jnp.where(is_text.reshape(*[1] * (mass.ndim - 1), -1), jnp.inf, mass)
 
 
-def _captured(mass: Array, heaviest: Array, counts: Array, layout: TokenLayout) -> Array:
+def _captured(mass: Array, heaviest: Array, counts: Array, layout: TokenLayout, spread: Spread) -> Array:
     """[B, H] share of `mass` in its sinks and in the first `counts` [B, H, nq] of `heaviest`, where sinks are inf."""
     kept = (np.arange(heaviest.shape[-1])[None, None, None] < counts[..., None]) & jnp.isfinite(heaviest)
     sinks = mass[..., layout.video_blocks :].sum((-2, -1))
     held = jnp.where(kept, heaviest, 0.0).sum((-2, -1)) + sinks
-    total = mass.sum((-2, -1))
+    held, total = spread.sum_rows(held), spread.sum_rows(mass.sum((-2, -1)))
     return held / jnp.where(total > 0, total, 1.0)
 
 
-def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Selection:
+def select_blocks(
+    mass: Array, layout: TokenLayout, config: SparseConfig, spread: Spread = ALONE, places: Array | None = None
+) -> Selection:
     """Chooses key blocks from mass, float32 [B, H, nq, nk] of the video rows (AdaSpa, selection).
 
+    Inside `shard_map` the mass is of a device's heads and rows; `spread` and `places`, int32 [B, H], say which.
     Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first. On a TPU the
     partial blocks among those in use go before the others, so that its kernel masks one stretch of a list.
     """
@@ -61,17 +67,19 @@ def select_blocks(mass: Array, layout: TokenLayout, config: SparseConfig) -> Sel
     base = jnp.full(mass.shape[:3], budget.base, jnp.int32)
     if not config.row_wise:
         base = _spend_globally(ranked, base[..., 0])
-    recall = _captured(mass, heaviest, base, layout)
-    counts = base
+    order = places if places is not None else jnp.zeros((0, 0), jnp.int32)
+    recall = spread.by_head(_captured(mass, heaviest, base, layout, spread), order)
+    counts, budgets = base, jnp.full_like(recall, budget.base, jnp.int32)
     if config.head_adaptive:
-        tiers = head_tiers(recall, budget, config.recall_threshold)
-        counts = jnp.broadcast_to(tiers[..., None], base.shape) if config.row_wise else _spend_globally(ranked, tiers)
+        budgets = head_tiers(recall, budget, config.recall_threshold)
+        own = spread.mine(budgets, order)
+        counts = jnp.broadcast_to(own[..., None], base.shape) if config.row_wise else _spend_globally(ranked, own)
     if layout.video_valid.min() < layout.block:
         # The last block of the text may be partial, if only at run time.
         partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
         ordered = lambda indices: partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
         indices = lax.platform_dependent(indices, tpu=ordered, default=lambda indices: indices)
-    return Selection(indices.astype(index_dtype(layout)), counts, recall)
+    return Selection(indices.astype(index_dtype(layout)), counts, recall, budgets)
 
 
 def _spend_globally(ranked: Array, mean: Array) -> Array:

@@ -8,6 +8,7 @@ from jax import Array
 
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
+from adaspa_jax.sharding import DATA, HEADS, ROWS, AttentionSharding
 
 
 def index_dtype(layout: TokenLayout) -> Any:
@@ -18,7 +19,8 @@ def index_dtype(layout: TokenLayout) -> Any:
 class SparseState(NamedTuple):
     """The found blocks of one layer, or of a stack of layers with a leading layer axis.
 
-    B batch, H heads, nq video row blocks, L the layout's padded length.
+    B batch, H heads, nq video row blocks, N video tokens of the layout. On a mesh nq and N are padded
+    (`AttentionSharding.video_length`), and heads are in the order of their places; on one device that is their own.
     """
 
     indices: Array
@@ -26,13 +28,15 @@ class SparseState(NamedTuple):
     counts: Array
     """int32 [B, H, nq]: key blocks in use."""
     lse: Array
-    """float32 [B, H, L]: natural-log row normaliser of the last search."""
+    """float32 [B, H, N]: natural-log row normaliser of the last search."""
     recall: Array
-    """float32 [B, H]: share of the video rows' mass in the blocks kept by the last search, at the base budget."""
+    """float32 [B, H], by head: share of the video rows' mass in the blocks kept by the last search, at base budget."""
     drift: Array
-    """float32 [B, H]: mean |change of the LSE| between the last two searches; 0 after the first."""
+    """float32 [B, H], by head: mean |change of the LSE| between the last two searches; 0 after the first."""
     mass: Array
     """float32 [B, H, nq, nk]: block mass of the last search, for pictures; [B, H, 0, 0] unless asked for."""
+    places: Array
+    """int32 [B, H]: the head at each place, by which heads are dealt to devices; 0, 1, 2 ... on one."""
 
     @classmethod
     def create(
@@ -43,33 +47,54 @@ class SparseState(NamedTuple):
         heads: int,
         layers: int | None = None,
         keep_mass: bool = False,
+        sharding: AttentionSharding | None = None,
     ) -> "SparseState":
         """The empty state, of one layer, or stacked over `layers`. Shapes depend on the arguments alone.
 
-        `keep_mass` also stores the block mass: small for a demo, gigabytes for a long video. With
-        `share_cfg_indices` it holds half of `batch`; ValueError if that is odd.
+        `keep_mass` also stores the block mass: small for a demo, gigabytes for a long video; on one device only. With
+        `share_cfg_indices` it holds half of `batch`. `sharding`: of attention on a mesh; make the state inside
+        `jax.jit` then, with `shardings` as `out_shardings`. ValueError for what does not divide.
         """
+        if sharding is not None:
+            sharding.check(config, batch, heads)
+            if keep_mass:
+                raise ValueError("keep_mass=True is for one device; leave it out on a mesh")
         if config.share_cfg_indices:
             if batch % 2:
                 raise ValueError(f"share_cfg_indices needs a batch of two equal halves; got {batch=}")
             batch //= 2
         lead = (batch, heads) if layers is None else (layers, batch, heads)
         kmax = config.budget(layout).high if config.row_wise else layout.num_blocks
+        length = layout.video_length if sharding is None else sharding.video_length(layout)
+        rows = length // layout.block
         return cls(
-            indices=jnp.zeros((*lead, layout.video_blocks, kmax), index_dtype(layout)),
-            counts=jnp.zeros((*lead, layout.video_blocks), jnp.int32),
-            lse=jnp.zeros((*lead, layout.length), jnp.float32),
+            indices=jnp.zeros((*lead, rows, kmax), index_dtype(layout)),
+            counts=jnp.zeros((*lead, rows), jnp.int32),
+            lse=jnp.zeros((*lead, length), jnp.float32),
             recall=jnp.zeros(lead, jnp.float32),
             drift=jnp.zeros(lead, jnp.float32),
-            mass=jnp.zeros(
-                (*lead, layout.video_blocks, layout.num_blocks) if keep_mass else (*lead, 0, 0), jnp.float32
-            ),
+            mass=jnp.zeros((*lead, rows, layout.num_blocks) if keep_mass else (*lead, 0, 0), jnp.float32),
+            places=jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), lead),
         )
 
-    def check(self, layout: TokenLayout, config: SparseConfig, batch: int, heads: int) -> None:
-        """Raises ValueError if this is not the state of one layer of that layout and configuration."""
-        keep_mass = self.mass.size > 0
-        expected = jax.eval_shape(lambda: SparseState.create(layout, config, batch, heads, keep_mass=keep_mass))
+    @staticmethod
+    def specs(sharding: AttentionSharding, layers: bool = True) -> "SparseState":
+        """The PartitionSpec of every field on a mesh, with a leading layer axis or without."""
+        lead = (None,) if layers else ()
+        placed, by_head = sharding.spec(*lead, DATA, HEADS, ROWS), sharding.spec(*lead, DATA)
+        return SparseState(placed, placed, placed, by_head, by_head, sharding.spec(*lead, DATA, HEADS), by_head)  # type: ignore[arg-type]
+
+    def check(
+        self,
+        layout: TokenLayout,
+        config: SparseConfig,
+        batch: int,
+        heads: int,
+        sharding: AttentionSharding | None = None,
+    ) -> None:
+        """Raises ValueError if this is not the state of one layer of that layout, configuration and mesh."""
+        create = lambda: SparseState.create(layout, config, batch, heads, None, self.mass.size > 0, sharding)
+        expected = jax.eval_shape(create)
         for name, x, want in zip(self._fields, self, expected, strict=True):
             if x.shape != want.shape or x.dtype != want.dtype:
                 raise ValueError(
