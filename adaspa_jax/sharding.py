@@ -102,10 +102,18 @@ class AttentionSharding:
         """Keeps every array of a pytree whole on every device: weights that are gathered where they are used."""
         return jax.tree.map(lambda x: lax.with_sharding_constraint(x, self.named()), tree)
 
-    def pad(self, x: Array, layout: TokenLayout) -> Array:
-        """[B, layout.video_length, ...] padded with zeros to `video_length` and sharded."""
+    def pad(self, x: Array, layout: TokenLayout, shared: bool = False) -> Array:
+        """[B, layout.video_length, ...] padded with zeros to `video_length`, sharded; `shared`: over tokens alone."""
         extra = self.video_length(layout) - x.shape[1]
-        return self.video(jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2)))
+        x = jnp.pad(x, ((0, 0), (0, extra)) + ((0, 0),) * (x.ndim - 2))
+        return lax.with_sharding_constraint(x, self.named(None, "tokens")) if shared else self.video(x)
+
+    def over_tokens(self, run: Any, video: Array, *rest: Array) -> Array:
+        """`run(video, *rest)` on each device's own tokens of `video` [B, N, ...], with all of the rest [B, ...]."""
+        video, rest = self.video(video), tuple(self.text(x) for x in rest)
+        own, whole = self.spec(DATA, "tokens"), self.spec(DATA)
+        specs = (own, *[whole] * len(rest))
+        return jax.shard_map(run, mesh=self.mesh, in_specs=specs, out_specs=own, check_vma=False)(video, *rest)
 
     @property
     def spread(self) -> "Spread":

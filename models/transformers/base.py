@@ -12,10 +12,10 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout, adaspa_attention
+from adaspa_jax import AttentionSharding, Parts, SparseConfig, SparseState, StepKind, TokenLayout, attend
 from models.transformers.layers import merge_heads
 from models.transformers.rope import apply_rope
-from pallas_kernels import Implementation
+from pallas_kernels import Implementation, flash_attention
 
 DENSE = SparseConfig(token_order="raster")
 """The layout of a model that is called without a SparseConfig."""
@@ -23,6 +23,8 @@ DENSE = SparseConfig(token_order="raster")
 Grid = tuple[int, int, int]
 """Frames, rows and columns, of tokens or of latents."""
 Carry = TypeVar("Carry")
+QKV = tuple[Array, Array, Array]
+"""[B, N, H, D] each."""
 
 
 class TransformerConfig:
@@ -114,11 +116,17 @@ class VideoTransformer(nnx.Module):
         return (config or DENSE).layout((grid[0], grid[1], grid[2]), text if self.joint_text else 0)
 
     def init_state(
-        self, config: SparseConfig, batch: int, latent_shape: Grid, text: int, keep_mass: bool = False
+        self,
+        config: SparseConfig,
+        batch: int,
+        latent_shape: Grid,
+        text: int,
+        keep_mass: bool = False,
+        sharding: AttentionSharding | None = None,
     ) -> tuple[SparseState, ...]:
-        """Empty states, one for each stack of blocks, with a leading layer axis."""
+        """Empty states, one for each stack of blocks, with a leading layer axis; see `SparseState.create`."""
         layout, heads = self.layout(latent_shape, text, config), self.config.num_attention_heads
-        create = lambda layers: SparseState.create(layout, config, batch, heads, layers, keep_mass)
+        create = lambda layers: SparseState.create(layout, config, batch, heads, layers, keep_mass, sharding)
         return tuple(create(layers) for layers in self.stack_sizes())
 
     def __call__(
@@ -128,6 +136,7 @@ class VideoTransformer(nnx.Module):
         state: tuple[SparseState, ...] | None = None,
         step_kind: StepKind | int | Array = StepKind.DENSE,
         implementation: Implementation | None = None,
+        sharding: AttentionSharding | None = None,
         **inputs: Any,
     ) -> Any:
         """Predicts what the scheduler steps along.
@@ -138,6 +147,8 @@ class VideoTransformer(nnx.Module):
           state: from `init_state`; None: dense.
           step_kind: StepKind or traced int32 scalar; needs a state unless dense.
           implementation: which kernels run, see `pallas_kernels`.
+          sharding: over which devices, inside `jax.jit`; the state must be of the same. Weights may be replicated, or
+            sharded in any way: each layer's are gathered as it runs.
           inputs: as `denoise` takes them.
 
         Returns:
@@ -147,7 +158,7 @@ class VideoTransformer(nnx.Module):
           ValueError: shapes that do not fit the model or each other.
         """
         sparse = config or DENSE
-        how = Pass(sparse, self._stacks(sparse, step_kind, state), implementation)
+        how = Pass(sparse, self._stacks(sparse, step_kind, state), implementation, sharding)
         sample, states = self.denoise(how, *args, **inputs)
         return sample if state is None else (sample, states)
 
@@ -174,6 +185,7 @@ class Pass:
     layers: list[tuple[SparseState | None, Array]]
     """Of each stack of blocks the state, if any, and int32 [layers] step kinds."""
     implementation: Implementation | None
+    sharding: AttentionSharding | None
 
 
 @dataclass(frozen=True)
@@ -184,8 +196,9 @@ class AttentionCall:
     config: SparseConfig
     block_valid: Array
     rope: tuple[Array, Array] | None
-    """(cos, sin) float32 [1, video_length, D / 2] in the layout's order; None: no rotation."""
+    """(cos, sin) float32 [1, Nv, D / 2] in the layout's order; None: no rotation."""
     implementation: Implementation | None
+    sharding: AttentionSharding | None
 
     @classmethod
     def create(
@@ -197,24 +210,64 @@ class AttentionCall:
         text_valid: Array | None = None,
     ) -> Self:
         """`rope` [video_tokens, D / 2] in raster order; `text_valid` [B]: real text tokens, None: all are."""
-        packed = None if rope is None else (layout.pack_video(rope[0][None]), layout.pack_video(rope[1][None]))
-        return cls(layout, how.config, layout.block_valid(text_valid, batch), packed, how.implementation)
+        valid = layout.block_valid(text_valid, batch)
+        call = cls(layout, how.config, valid, None, how.implementation, how.sharding)
+        if rope is None:
+            return call
+        return dataclasses.replace(
+            call, rope=(call.pack(rope[0][None], shared=True), call.pack(rope[1][None], shared=True))
+        )
+
+    def pack(self, x: Array, shared: bool = False) -> Array:
+        """[B, video_tokens, ...] to [B, Nv, ...]: the layout's order, on a mesh padded and sharded over the tokens.
+
+        `shared`: B is 1, for all samples.
+        """
+        x = self.layout.pack_video(x)
+        return x if self.sharding is None else self.sharding.pad(x, self.layout, shared)
+
+    def unpack(self, x: Array) -> Array:
+        """The way back."""
+        return self.layout.unpack_video(x[:, : self.layout.video_length])
+
+    def text(self, x: Array) -> Array:
+        """Text tokens [B, Nt, ...], on a mesh whole on every device."""
+        return x if self.sharding is None else self.sharding.text(x)
+
+    def keep(self, parts: Parts) -> Parts:
+        """Video and text [B, N, ...], on a mesh pinned to where they are: else XLA gathers tokens to multiply them."""
+        return parts if self.sharding is None else (self.sharding.video(parts[0]), self.sharding.text(parts[1]))
+
+    def keep_video(self, x: Array) -> Array:
+        """`keep` of the video alone."""
+        return x if self.sharding is None else self.sharding.video(x)
+
+    def cross(self, q: Array, k: Array, v: Array) -> Array:
+        """[B, Nv, H, D] of the video's q, like it, over all of k and v [B, T, H, D]; on a mesh by tokens."""
+
+        def local(q: Array, k: Array, v: Array) -> Array:
+            q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
+            return flash_attention(q, k, v, implementation=self.implementation).swapaxes(1, 2)
+
+        return local(q, k, v) if self.sharding is None else self.sharding.over_tokens(local, q, k, v)
 
     def rotate(self, x: Array) -> Array:
-        """RoPE on the video part of [B, L or video_length, H, D]."""
-        if self.rope is None:
-            return x
-        video = self.layout.video_length
-        rotated = apply_rope(x[:, :video], *self.rope)
-        return rotated if x.shape[1] == video else jnp.concatenate([rotated, x[:, video:]], axis=1)
+        """RoPE on the video's [B, Nv, H, D]."""
+        return x if self.rope is None else apply_rope(x, *self.rope)
 
     def __call__(
-        self, q: Array, k: Array, v: Array, state: SparseState | None, kind: Any
-    ) -> tuple[Array, SparseState | None]:
-        """[B, L, H, D] each to ([B, L, width], state)."""
-        out, state = adaspa_attention(
-            q,
-            k,
+        self, video: QKV, text: QKV | None, state: SparseState | None, kind: Any
+    ) -> tuple[Parts, SparseState | None]:
+        """q, k and v of video [B, Nv, H, D] and text [B, Nt, H, D] to ([B, Nv, width] and [B, Nt, width], state).
+
+        Rotates the video's q and k. None: the model's text does not take part.
+        """
+        none = video[0][:, :0]
+        pairs = zip(video, text or (none, none, none), strict=True)
+        q, k, v = (self.keep((of_video, of_text)) for of_video, of_text in pairs)
+        out, state = attend(
+            (self.rotate(q[0]), q[1]),
+            (self.rotate(k[0]), k[1]),
             v,
             state,
             StepKind.DENSE if state is None else kind,
@@ -222,8 +275,9 @@ class AttentionCall:
             config=self.config,
             block_valid=self.block_valid,
             implementation=self.implementation,
+            sharding=self.sharding,
         )
-        return merge_heads(out), state
+        return (merge_heads(out[0]), merge_heads(out[1])), state
 
 
 def stack(create: Callable[[nnx.Rngs], nnx.Module], count: int, rngs: nnx.Rngs) -> Any:
@@ -242,15 +296,18 @@ def scan_blocks(
     blocks: nnx.Module,
     carry: Carry,
     layers: tuple[SparseState | None, Array],
+    sharding: AttentionSharding | None = None,
 ) -> tuple[Carry, SparseState | None]:
     """Runs stacked blocks one after the other, each with its layer's part of `layers`: state and step kind.
 
     `run(block, carry, state, kind)` gives the next carry, which is cast back to the carry's dtypes, and the new state.
+    On a mesh sharded weights are gathered here, those of one layer at a time.
     """
     graph, weights = nnx.split(blocks)
 
     def step(carry: Carry, xs: Any) -> Any:
         weights, (state, kind) = xs
+        weights = weights if sharding is None else sharding.replicated(weights)
         new, state = run(nnx.merge(graph, weights), carry, state, kind)
         return jax.tree.map(lambda x, old: x.astype(old.dtype), new, carry), state
 

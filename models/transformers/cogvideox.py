@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array
 
-from adaspa_jax import SparseState
+from adaspa_jax import Parts, SparseState
 from models.transformers.base import (
     AttentionCall,
     Grid,
@@ -201,12 +201,12 @@ class NormZero(nnx.Module):
         self.linear = Linear(config.time_embed_dim, 6 * config.width, dtype=dtype, rngs=rngs)
         self.norm = LayerNorm(config.width, dtype=dtype, rngs=rngs, eps=config.norm_eps)
 
-    def __call__(self, x: Array, temb: Array, call: AttentionCall) -> tuple[Array, Array]:
-        """x [B, L, width], temb [B, time_embed_dim] to the modulated x and the gate of each token, [B, L, width]."""
+    def __call__(self, x: Parts, temb: Array) -> tuple[Parts, Parts]:
+        """Video and text [B, N, width], temb [B, time_embed_dim] to both modulated, and their gates [B, 1, width]."""
         parts = jnp.split(self.linear(silu(temb))[:, None], 6, axis=-1)  # [B, 1, width]
-        is_video = (np.arange(call.layout.length) < call.layout.video_length)[None, :, None]
-        shift, scale, gate = (jnp.where(is_video, *pair) for pair in zip(parts[:3], parts[3:], strict=True))
-        return modulate(self.norm(x), shift, scale), gate
+        (shift, scale, gate), (text_shift, text_scale, text_gate) = parts[:3], parts[3:]
+        video, text = self.norm(x[0]), self.norm(x[1])
+        return (modulate(video, shift, scale), modulate(text, text_shift, text_scale)), (gate, text_gate)
 
 
 class JointAttention(nnx.Module):
@@ -234,19 +234,19 @@ class CogVideoXBlock(nnx.Module):
         self.ff = FeedForward(config.width, 4 * config.width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Array, temb: Array, call: AttentionCall, state: SparseState | None, kind: Any
-    ) -> tuple[Array, SparseState | None]:
-        """x [B, L, width], temb [B, time_embed_dim]."""
+        self, x: Parts, temb: Array, call: AttentionCall, state: SparseState | None, kind: Any
+    ) -> tuple[Parts, SparseState | None]:
+        """Video [B, Nv, width] and text [B, Nt, width], temb [B, time_embed_dim]."""
+        add = lambda x, gates, ys: tuple(part + gate * y for part, gate, y in zip(x, gates, ys, strict=True))
         with jax.named_scope("qkv"):
-            y, gate = self.norm1(x, temb, call)
-            q, k, v = self.attn1.qkv(y)  # [B, L, H, D]
-            q, k = call.rotate(q), call.rotate(k)
+            normed, gates = self.norm1(x, temb)
+            qkv, text_qkv = (self.attn1.qkv(part) for part in normed)  # [B, Nv or Nt, H, D]
         with jax.named_scope("attention"):
-            out, state = call(q, k, v, state, kind)  # [B, L, width]
-            x = x + gate * self.attn1.to_out(out)
+            outs, state = call(qkv, text_qkv, state, kind)  # [B, Nv or Nt, width]
+            x = add(x, gates, [self.attn1.to_out(out) for out in outs])
         with jax.named_scope("mlp"):
-            y, gate = self.norm2(x, temb, call)
-            return x + gate * self.ff(y, gelu_tanh), state
+            normed, gates = self.norm2(x, temb)
+            return call.keep(add(x, gates, [self.ff(part, gelu_tanh) for part in normed])), state
 
 
 class FinalNorm(nnx.Module):
@@ -322,13 +322,13 @@ class CogVideoXTransformer(VideoTransformer):
             temb = self._time(timestep, ofs, hidden_states.dtype)  # [B, time_embed_dim]
             latents = hidden_states.swapaxes(1, 2)  # [B, C, F, H, W]
             video, text = self.patch_embed(latents, encoder_hidden_states, layout.grid)
-            x = jnp.concatenate([layout.pack_video(video), layout.pack_text(text)], axis=1)  # [B, L, width]
+            x = call.pack(video), call.text(layout.pack_text(text))  # [B, Nv, width], [B, Nt, width]
         run = lambda block, x, *layer: block(x, temb, call, *layer)
         with jax.named_scope("blocks"):
-            x, new_state = scan_blocks(run, self.transformer_blocks, x, layers)
+            x, new_state = scan_blocks(run, self.transformer_blocks, x, layers, how.sharding)
         with jax.named_scope("output"):
-            video = self.norm_out(self.norm_final(x[:, : layout.video_length]), temb)  # [B, Nv, width]
-            tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
+            video = self.norm_out(self.norm_final(x[0]), temb)  # [B, Nv, width]
+            tokens = call.unpack(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
             sample = unpatchify(tokens, layout.grid, c.patch).swapaxes(1, 2)
         return sample, (new_state,)
 

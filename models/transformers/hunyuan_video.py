@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import SparseState, TokenLayout
+from adaspa_jax import Parts, SparseState
 from models.transformers.base import (
     AttentionCall,
     Grid,
@@ -100,9 +100,9 @@ class PatchEmbed(nnx.Module):
         self.proj = Linear(config.in_channels * config.patch_volume, config.width, dtype=dtype, rngs=rngs)
         self.patch = config.patch
 
-    def __call__(self, x: Array) -> Array:
-        """[B, C, F, H, W] to [B, f * h * w, width]."""
-        return self.proj(patchify(x, self.patch))
+    def __call__(self, x: Array, call: AttentionCall) -> Array:
+        """[B, C, F, H, W] to [B, Nv, width]."""
+        return self.proj(call.pack(patchify(x, self.patch)))
 
 
 class TimeTextEmbed(nnx.Module):
@@ -132,7 +132,7 @@ class Conditioning:
     image_temb: Array | None = None
     """[B, width], of the tokens of the first frame if they hold a clean image ("token_replace")."""
     first_frame: Array | None = None
-    """bool [1, L, 1], with `image_temb`: which tokens those are."""
+    """bool [1, Nv, 1], with `image_temb`: which tokens of the video those are."""
 
 
 class Modulation(nnx.Module):
@@ -146,14 +146,13 @@ class Modulation(nnx.Module):
         """[B, width] to `parts` times [B, 1, width]."""
         return jnp.split(self.linear(silu(temb))[:, None], self.parts, axis=-1)
 
-    def of_tokens(self, conditioning: Conditioning, tokens: int) -> list[Array]:
-        """`parts` times [B, 1, width], or [B, tokens, width] where the first frame is an image."""
+    def of_video(self, conditioning: Conditioning) -> list[Array]:
+        """`parts` times [B, 1, width], or [B, Nv, width] where the first frame is an image."""
         parts = self(conditioning.temb)
         if conditioning.image_temb is None or conditioning.first_frame is None:
             return parts
-        first = conditioning.first_frame[:, :tokens]
         pairs = zip(self(conditioning.image_temb), parts, strict=True)
-        return [jnp.where(first, of_image, part) for of_image, part in pairs]
+        return [jnp.where(conditioning.first_frame, of_image, part) for of_image, part in pairs]
 
 
 class RefinerAttention(nnx.Module):
@@ -259,22 +258,19 @@ class DualStreamBlock(nnx.Module):
         kind: Any,
     ) -> tuple[tuple[Array, Array], SparseState | None]:
         """video [B, Nv, width], text [B, Nt, width]."""
-        length = video.shape[1]
-        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1.of_tokens(conditioning, length)
+        shift, scale, gate, ff_shift, ff_scale, ff_gate = self.norm1.of_video(conditioning)
         t_shift, t_scale, t_gate, t_ff_shift, t_ff_scale, t_ff_gate = self.norm1_context(conditioning.temb)
         with jax.named_scope("qkv"):
-            q, k, v = self.attn.video_qkv(modulate(layer_norm(video), shift, scale))  # [B, Nv, H, D]
-            text_q, text_k, text_v = self.attn.text_qkv(modulate(layer_norm(text), t_shift, t_scale))  # [B, Nt, H, D]
-            pairs = ((call.rotate(q), text_q), (call.rotate(k), text_k), (v, text_v))
-            q, k, v = (jnp.concatenate(pair, axis=1) for pair in pairs)  # [B, L, H, D]
+            qkv = self.attn.video_qkv(modulate(layer_norm(video), shift, scale))  # [B, Nv, H, D]
+            text_qkv = self.attn.text_qkv(modulate(layer_norm(text), t_shift, t_scale))  # [B, Nt, H, D]
         with jax.named_scope("attention"):
-            out, state = call(q, k, v, state, kind)  # [B, L, width]
-            video = video + self.attn.to_out(out[:, :length]) * gate
-            text = text + self.attn.to_add_out(out[:, length:]) * t_gate
+            (out, text_out), state = call(qkv, text_qkv, state, kind)  # [B, Nv or Nt, width]
+            video = video + self.attn.to_out(out) * gate
+            text = text + self.attn.to_add_out(text_out) * t_gate
         with jax.named_scope("mlp"):
             ff = self.ff(modulate(layer_norm(video), ff_shift, ff_scale), gelu_tanh)
             text_ff = self.ff_context(modulate(layer_norm(text), t_ff_shift, t_ff_scale), gelu_tanh)
-            return (video + ff_gate * ff, text + t_ff_gate * text_ff), state
+            return call.keep((video + ff_gate * ff, text + t_ff_gate * text_ff)), state
 
 
 class SingleStreamBlock(nnx.Module):
@@ -288,19 +284,25 @@ class SingleStreamBlock(nnx.Module):
         self.proj_out = Linear(width + hidden, width, dtype=dtype, rngs=rngs)
 
     def __call__(
-        self, x: Array, conditioning: Conditioning, call: AttentionCall, state: SparseState | None, kind: Any
-    ) -> tuple[Array, SparseState | None]:
-        """x [B, L, width]."""
-        shift, scale, gate = self.norm.of_tokens(conditioning, x.shape[1])
-        normed = modulate(layer_norm(x), shift, scale)  # [B, L, width]
+        self, x: Parts, conditioning: Conditioning, call: AttentionCall, state: SparseState | None, kind: Any
+    ) -> tuple[Parts, SparseState | None]:
+        """Video [B, Nv, width] and text [B, Nt, width]."""
+        of_video, of_text = self.norm.of_video(conditioning), self.norm(conditioning.temb)
+        pairs = zip(x, (of_video, of_text), strict=True)
+        normed = [modulate(layer_norm(part), shift, scale) for part, (shift, scale, _) in pairs]
         with jax.named_scope("qkv"):
-            q, k, v = self.attn.video_qkv(normed)  # [B, L, H, D]
-            q, k = call.rotate(q), call.rotate(k)
+            qkv, text_qkv = (self.attn.video_qkv(part) for part in normed)  # [B, Nv or Nt, H, D]
         with jax.named_scope("attention"):
-            out, state = call(q, k, v, state, kind)  # [B, L, width]
+            outs, state = call(qkv, text_qkv, state, kind)  # [B, Nv or Nt, width]
+
+        def end(part: Array, normed: Array, out: Array, gate: Array) -> Array:
+            hidden = jnp.concatenate([out, gelu_tanh(self.proj_mlp(normed))], axis=-1)  # [B, N, width + hidden]
+            return part + gate * self.proj_out(hidden)
+
         with jax.named_scope("mlp"):
-            hidden = jnp.concatenate([out, gelu_tanh(self.proj_mlp(normed))], axis=-1)  # [B, L, width + hidden]
-            return x + gate * self.proj_out(hidden), state
+            gates = of_video[2], of_text[2]
+            video, text = (end(*each) for each in zip(x, normed, outs, gates, strict=True))
+            return call.keep((video, text)), state
 
 
 class HunyuanVideoTransformer(VideoTransformer):
@@ -366,33 +368,33 @@ class HunyuanVideoTransformer(VideoTransformer):
         call = AttentionCall.create(how, layout, rope, batch, text_valid)
 
         with jax.named_scope("embed"):
-            conditioning = self._conditioning(timestep, pooled_projections, guidance, layout)
+            conditioning = self._conditioning(timestep, pooled_projections, guidance, call)
             text = self.context_embedder(encoder_hidden_states, timestep, encoder_attention_mask)
-            text = layout.pack_text(text)  # [B, Nt, width]
-            video = layout.pack_video(self.x_embedder(hidden_states))  # [B, Nv, width]
+            text = call.text(layout.pack_text(text))  # [B, Nt, width]
+            video = self.x_embedder(hidden_states, call)  # [B, Nv, width]
         with jax.named_scope("dual_stream_blocks"):
             dual = lambda block, carry, *layer: block(*carry, conditioning, call, *layer)
-            (video, text), dual_state = scan_blocks(dual, self.transformer_blocks, (video, text), dual_layers)
+            parts, dual_state = scan_blocks(dual, self.transformer_blocks, (video, text), dual_layers, how.sharding)
         with jax.named_scope("single_stream_blocks"):
             single = lambda block, x, *layer: block(x, conditioning, call, *layer)
-            x = jnp.concatenate([video, text], axis=1)  # [B, L, width]
-            x, single_state = scan_blocks(single, self.single_transformer_blocks, x, single_layers)
+            blocks = self.single_transformer_blocks
+            parts, single_state = scan_blocks(single, blocks, parts, single_layers, how.sharding)
         with jax.named_scope("output"):
             scale, shift = self.norm_out(conditioning.temb)
-            video = modulate(layer_norm(x[:, : layout.video_length]), shift, scale)  # [B, Nv, width]
-            tokens = layout.unpack_video(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
+            video = modulate(layer_norm(parts[0]), shift, scale)  # [B, Nv, width]
+            tokens = call.unpack(self.proj_out(video))  # [B, f * h * w, C * pt * ph * pw]
             sample = unpatchify(tokens, layout.grid, self.config.patch)
         return sample, (dual_state, single_state)
 
     def _conditioning(
-        self, timestep: Array, pooled: Array, guidance: Array | None, layout: TokenLayout
+        self, timestep: Array, pooled: Array, guidance: Array | None, call: AttentionCall
     ) -> Conditioning:
         temb = self.time_text_embed(timestep, pooled, guidance)
         if self.config.image_condition_type != "token_replace":
             return Conditioning(temb)
-        _, rows, columns = layout.grid
-        first = layout.pack_video(jnp.asarray(np.arange(layout.video_tokens)[None] < rows * columns))  # [1, Nv]
-        first = jnp.pad(first, ((0, 0), (0, layout.text_length)))[..., None]  # [1, L, 1]
+        _, rows, columns = call.layout.grid
+        tokens = jnp.asarray(np.arange(call.layout.video_tokens)[None] < rows * columns)
+        first = call.pack(tokens, shared=True)[..., None]  # [1, Nv, 1]
         return Conditioning(temb, self.time_text_embed(jnp.zeros_like(timestep), pooled), first)
 
     def _check(

@@ -128,4 +128,4 @@ def split_heads(x: Array, heads: int) -> Array:
 
 def merge_heads(x: Array) -> Array:
     """[B, N, H, D] to [B, N, H * D]."""
-    return x.reshape(*x.shape[:-2], -1)
+    return x.reshape(*x.shape[:-2], x.shape[-2] * x.shape[-1])

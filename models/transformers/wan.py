@@ -42,7 +42,6 @@ from models.transformers.layers import (
     timestep_embedding,
 )
 from models.transformers.rope import rope_tables
-from pallas_kernels import Implementation, flash_attention
 
 ROPE_THETA = 10000.0
 IMAGE_EPS = 1e-5
@@ -171,14 +170,11 @@ class WanAttention(nnx.Module):
         key = self.norm_added_k(self.add_k_proj(x))
         return split_heads(key, self.heads), split_heads(self.add_v_proj(x), self.heads)
 
-    def cross(self, x: Array, text: Array, image: Array | None, implementation: Implementation | None) -> Array:
+    def cross(self, x: Array, text: Array, image: Array | None, call: AttentionCall) -> Array:
         """x [B, N, width] attends to text [B, T, width] and image [B, S, width], each with a softmax of its own."""
-        q = self.q(x).swapaxes(1, 2)
+        q = self.q(x)
         pairs = [self.kv(text)] + ([] if image is None else [self.image_kv(image)])
-        outs = []
-        for k, v in pairs:
-            k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)  # [B, H, T, D]
-            outs.append(merge_heads(flash_attention(q, k, v, implementation=implementation).swapaxes(1, 2)))
+        outs = [merge_heads(call.cross(q, k, v)) for k, v in pairs]
         return self.to_out(sum(outs[1:], outs[0]))
 
 
@@ -210,16 +206,15 @@ class WanBlock(nnx.Module):
         normed = lambda x: layer_norm(x.astype(jnp.float32), eps=self.eps)
         with jax.named_scope("qkv"):
             y = modulate(normed(x), shift, scale).astype(dtype)
-            q, (k, v) = self.attn1.q(y), self.attn1.kv(y)  # [B, Nv, H, D]
-            q, k = call.rotate(q), call.rotate(k)
+            qkv = self.attn1.q(y), *self.attn1.kv(y)  # [B, Nv, H, D]
         with jax.named_scope("attention"):
-            out, state = call(q, k, v, state, kind)  # [B, Nv, width]
+            (out, _), state = call(qkv, None, state, kind)  # [B, Nv, width]
             x = (x + self.attn1.to_out(out) * gate).astype(dtype)
         with jax.named_scope("cross_attention"):
-            x = x + self.attn2.cross(self.norm2(x), text, image, call.implementation)
+            x = x + self.attn2.cross(self.norm2(x), text, image, call)
         with jax.named_scope("mlp"):
             y = modulate(normed(x), ff_shift, ff_scale).astype(dtype)
-            return (x + self.ffn(y, gelu_tanh) * ff_gate).astype(dtype), state
+            return call.keep_video((x + self.ffn(y, gelu_tanh) * ff_gate).astype(dtype)), state
 
 
 class WanTransformer(VideoTransformer):
@@ -277,18 +272,18 @@ class WanTransformer(VideoTransformer):
         call = AttentionCall.create(how, layout, rope, batch)
 
         with jax.named_scope("embed"):
-            steps = timestep[:, None] if timestep.ndim == 1 else layout.pack_video(timestep)
+            steps = timestep[:, None] if timestep.ndim == 1 else call.pack(timestep)
             temb, time = self.condition_embedder.time(steps, encoder_hidden_states.dtype)
             text = self.condition_embedder.text_embedder(encoder_hidden_states, gelu_tanh)  # [B, T, width]
             image = self._image(encoder_hidden_states_image, batch)  # [B, S, width]
-            x = layout.pack_video(self.patch_embedding(patchify(hidden_states, c.patch)))  # [B, Nv, width]
+            x = self.patch_embedding(call.pack(patchify(hidden_states, c.patch)))  # [B, Nv, width]
         run = lambda block, x, *layer: block(x, text, image, time, call, *layer)
         with jax.named_scope("blocks"):
-            x, new_state = scan_blocks(run, self.blocks, x, layers)
+            x, new_state = scan_blocks(run, self.blocks, x, layers, how.sharding)
         with jax.named_scope("output"):
             shift, scale = modulation(self.scale_shift_table[...], temb[:, :, None])
             x = modulate(layer_norm(x.astype(jnp.float32), eps=c.eps), shift, scale).astype(x.dtype)
-            tokens = layout.unpack_video(self.proj_out(x))  # [B, f * h * w, pt * ph * pw * C]
+            tokens = call.unpack(self.proj_out(x))  # [B, f * h * w, pt * ph * pw * C]
             sample = unpatchify(tokens, layout.grid, c.patch, channels_last=True)
         return sample, (new_state,)
 
