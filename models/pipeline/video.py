@@ -12,8 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.sharding import Mesh
 
-from adaspa_jax import Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
+from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
 from models import schedulers
 from models.checkpoint.loading import expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
@@ -21,6 +22,7 @@ from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
 from models.pipeline.experts import boundary_ratio, describe
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
+from models.pipeline.mesh import Weights, create_states, for_report, gather_small, placement, put
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
 from models.schedulers.seeds import check_seed, random_key
 from models.transformers.base import VideoTransformer
@@ -154,6 +156,8 @@ class VideoPipeline:
     family: Family
     boundary: float | None = None
     """Timestep below which the second expert takes over."""
+    sharding: AttentionSharding | None = None
+    """The mesh that it samples on; None: one device."""
 
     @classmethod
     def describe(cls, path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> "VideoPipeline":
@@ -177,15 +181,20 @@ class VideoPipeline:
         dtype: Any = None,
         progress: Callable[[int, int], None] | None = None,
         *,
+        mesh: Mesh | None = None,
+        weights: Weights = "replicated",
         follow_links: bool = False,
     ) -> "VideoPipeline":
         """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
 
-        `progress` gets the parameters of an expert loaded so far and in all. `follow_links`: the files of the
-        transformers may be links out of their folders. Raises ValueError for what cannot be read.
+        `progress` gets the parameters of an expert loaded so far and in all. `mesh` has axes data, heads or rows, see
+        `AttentionSharding`; `weights` lie whole on each of its devices, or sharded over all. `follow_links`: the files
+        of the transformers may be links out of their folders. Raises ValueError for what cannot be read.
         """
         described = cls.describe(path, dtype, follow_links=follow_links)
-        return described.with_weights(path, dtype, progress, follow_links=follow_links)
+        if mesh is not None:
+            described = dataclasses.replace(described, sharding=AttentionSharding(mesh))
+        return described.with_weights(path, dtype, progress, weights=weights, follow_links=follow_links)
 
     def with_weights(
         self,
@@ -193,10 +202,12 @@ class VideoPipeline:
         dtype: Any = None,
         progress: Callable[[int, int], None] | None = None,
         *,
+        weights: Weights = "replicated",
         follow_links: bool = False,
     ) -> "VideoPipeline":
         """With the experts of `path`, which this was described from; arguments as for `load`."""
-        options: dict[str, Any] = {"progress": progress, "follow_links": follow_links}
+        place = None if self.sharding is None else placement(self.sharding.mesh, weights)
+        options: dict[str, Any] = {"progress": progress, "sharding": place, "follow_links": follow_links}
         experts = tuple(from_pretrained(folder, dtype, **options) for folder in expert_folders(Path(path)))
         return dataclasses.replace(self, experts=experts)
 
@@ -275,12 +286,13 @@ class VideoPipeline:
         """
         model, family, size = self.experts[0], self.family, size or self.family.size
         plan = self.plan(embeddings, config, size=size, guidance=guidance, seed=seed)
-        noise = _noise(plan.shape, seed, noise)
-        given = {name: jnp.asarray(x) for name, x in plan.given.items()}
+        noise = put(_noise(plan.shape, seed, noise), self.sharding)
+        given = {name: put(x, self.sharding) for name, x in plan.given.items()}
         count, grid = plan.shape[0], plan.shape[2:]
         text = given["prompt_embeds"].shape[1]
-        create = lambda: model.init_state(config, count * (1 + plan.guided), grid, text, keep_mass=keep_mass)
-        states = tuple(() if dense else create() for _ in plan.parts)
+        batch = count * (1 + plan.guided)
+        create = lambda: model.init_state(config, batch, grid, text, keep_mass, self.sharding)
+        states = tuple(() if dense else create_states(create, self.sharding) for _ in plan.parts)
         run = self._program(plan, config, dense, progress, implementation)
         operands = (tuple(nnx.state(expert) for expert in self.experts), noise, given, states)
         begun = time.perf_counter()
@@ -293,7 +305,7 @@ class VideoPipeline:
         layout = model.layout(grid, text, config)
         reports = tuple(
             summarize(state, history, layout, config, kinds=part.kinds, first=part.first + 1)
-            for part, state, history in zip(plan.parts, states, histories, strict=True)
+            for part, state, history in zip(plan.parts, for_report(states, self.sharding), histories, strict=True)
             if not dense and (part.kinds == StepKind.FUSED_SEARCH).any()
         )
         return LatentSample(
@@ -337,6 +349,9 @@ class VideoPipeline:
         if config.share_cfg_indices and not guided:
             raise ValueError("share_cfg_indices needs classifier-free guidance; this run has one branch")
         config.layer_kinds(StepKind.DENSE, sum(model.stack_sizes()))
+        prompts = len(embeddings.get("prompt_embeds", ()))
+        if self.sharding is not None and prompts:
+            self.sharding.check(config, prompts * (1 + guided), model.config.num_attention_heads)
         fixed = family.fixed_first_frame
         found = check_embeddings(embeddings, model, grid, guided=guided, first_frame=fixed)
         shape = (len(found["prompt_embeds"]), model.config.out_channels, *grid)
@@ -354,22 +369,24 @@ class VideoPipeline:
         """The whole run as one function of arrays, for `jax.jit`; weights are arguments."""
         graphs = tuple(nnx.graphdef(expert) for expert in self.experts)
         report = None if progress is None else lambda step: progress(int(step))
-        family, guided, scheduler = self.family, plan.guided, plan.scheduler
+        family, guided, scheduler, sharding = self.family, plan.guided, plan.scheduler, self.sharding
+        everywhere = (lambda tree: tree) if sharding is None else sharding.replicated
 
         def run(weights: Any, noise: Array, given: dict[str, Array], states: Any) -> Any:
             def predictor(expert: int) -> Callable[..., Any]:
-                model = nnx.merge(graphs[expert], weights[expert])
+                own = weights[expert] if sharding is None else gather_small(weights[expert], sharding)
+                model = nnx.merge(graphs[expert], own)
 
                 def predict(latents: Array, row: dict[str, Array], state: Any, kind: Any) -> Any:
                     branches = jnp.concatenate([latents, latents]) if guided else latents
                     how = {"state": None, "step_kind": StepKind.DENSE} if dense else {"state": state, "step_kind": kind}
-                    how |= {"config": config, "implementation": implementation}
+                    how |= {"config": config, "implementation": implementation, "sharding": sharding}
                     out = _predict(model, family, branches, row["timestep"], given, plan.scale, **how)
                     out, state = (out, state) if dense else out
                     if guided:
                         unconditional, conditional = jnp.split(out, 2)
                         out = cfg(unconditional, conditional, row["guidance"])
-                    return out, state
+                    return everywhere(out), state
 
                 return predict
 
@@ -385,7 +402,8 @@ class VideoPipeline:
             latents = scheduler.latents(carry)
             if family.fixed_first_frame and "condition" in given:
                 latents = jnp.concatenate([given["condition"][-len(noise) :], latents[:, :, 1:]], axis=2)
-            return latents, *zip(*ended, strict=True)
+            states, histories = zip(*ended, strict=True)
+            return everywhere(latents), states, everywhere(histories)
 
         return run
 
