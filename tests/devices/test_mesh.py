@@ -194,21 +194,21 @@ def test_what_is_compiled() -> None:
 
 
 REFUSED = {
-    "heads": (lambda s: s.check(CONFIG, 2, 12), dict(heads=8), "12 heads do not divide .* use heads=4 and rows=2"),
-    "batch": (lambda s: s.check(CONFIG, 3, 8), dict(data=2, heads=4), "batch of 3.* use data=1 and rows=2"),
+    "heads": (lambda s: s.check(CONFIG, 2, 12), {"heads": 8}, "12 heads do not divide .* use heads=4 and rows=2"),
+    "batch": (lambda s: s.check(CONFIG, 3, 8), {"data": 2, "heads": 4}, "batch of 3.* use data=1 and rows=2"),
     "row_wise": (
         lambda s: s.check(dataclasses.replace(CONFIG, row_wise=False), 2, 8),
-        dict(heads=4, rows=2),
+        {"heads": 4, "rows": 2},
         "row_wise=False .* rows=1",
     ),
     "share_cfg_indices": (
         lambda s: s.check(dataclasses.replace(CONFIG, share_cfg_indices=True), 2, 8),
-        dict(data=2),
+        {"data": 2},
         "share_cfg_indices needs .* data=1",
     ),
     "keep_mass": (
         lambda s: SparseState.create(CONFIG.layout((1, 4, 4)), CONFIG, 2, 8, keep_mass=True, sharding=s),
-        dict(heads=8),
+        {"heads": 8},
         "keep_mass=True is for one device",
     ),
 }
