@@ -332,10 +332,12 @@ def _on_mesh(
     query_valid = jnp.pad(valid[:, : layout.video_blocks], ((0, 0), (0, blocks - layout.video_blocks)))
     static = isinstance(step_kind, int)
 
-    def local(q: Parts, k: Parts, v: Parts, valid: Array, query_valid: Array, state: Any, kind: Any) -> Any:
+    def local(q: Any, k: Any, v: Any, valid: Array, query_valid: Array, state: Any, kind: Any) -> Any:
         places = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), (len(valid), heads))
         if state is not None:
             places = everyone(state.places, config)
+            state = state._replace(mass=jnp.zeros((*state.counts.shape[:2], 0, 0), jnp.float32))
+        q, k, v = (x if len(x) > 1 else (x[0], x[0][:, :0]) for x in (q, k, v))
         q, k, v = (_to_heads(x, places, spread) for x in (q, k, v))
         if spread.rows is not None:
             k, v = ((lax.all_gather(x, spread.rows, axis=1, tiled=True), text) for x, text in (k, v))
@@ -345,16 +347,21 @@ def _on_mesh(
         call = _Call(join(*q), keys, values, rows, valid, query_valid, layout, config, implementation, spread)
         out, state = _run(call, state, step_kind if static else kind)
         out = out.swapaxes(1, 2)
-        return _from_heads((out[:, :rows], out[:, rows:]), places, spread), state
+        parts = _from_heads((out[:, :rows], out[:, rows:]), places, spread)
+        return parts[:kinds], None if state is None else state._replace(mass=())
 
-    video, text = sharding.spec(DATA, "tokens"), sharding.spec(DATA)
-    parts = (video, text)
-    states = None if state is None else SparseState.specs(sharding, layers=False)
+    # Nothing empty goes in or out: XLA of jax 0.11 crashes on an empty array beside others.
+    kinds = 2 if layout.text else 1
+    text, parts = sharding.spec(DATA), (sharding.spec(DATA, "tokens"), sharding.spec(DATA))[:kinds]
+    states = None if state is None else SparseState.specs(sharding, layers=False)._replace(mass=())  # type: ignore[arg-type]
+    given = None if state is None else state._replace(mass=())  # type: ignore[arg-type]
     in_specs = (parts, parts, parts, text, sharding.spec(DATA, ROWS), states, sharding.spec())
     run = jax.shard_map(local, mesh=sharding.mesh, in_specs=in_specs, out_specs=(parts, states), check_vma=False)
     kind = jnp.int32(0) if static else step_kind
-    (video, text), state = run(q, k, v, valid, query_valid, state, kind)
-    return (sharding.video(video), sharding.text(text)), state
+    out, new = run(q[:kinds], k[:kinds], v[:kinds], valid, query_valid, given, kind)
+    video = sharding.video(out[0])
+    text_out = sharding.text(out[1]) if layout.text else video[:, :0]
+    return (video, text_out), None if state is None else new._replace(mass=state.mass)
 
 
 def _to_heads(x: Parts, places: Array, spread: Spread) -> Parts:

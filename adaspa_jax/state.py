@@ -82,7 +82,7 @@ class SparseState(NamedTuple):
         """The PartitionSpec of every field on a mesh, with a leading layer axis or without."""
         lead = (None,) if layers else ()
         placed, by_head = sharding.spec(*lead, DATA, HEADS, ROWS), sharding.spec(*lead, DATA)
-        return SparseState(placed, placed, placed, by_head, by_head, sharding.spec(*lead, DATA, HEADS), by_head)  # type: ignore[arg-type]
+        return SparseState(placed, placed, placed, by_head, by_head, sharding.spec(), by_head)  # type: ignore[arg-type]
 
     def check(
         self,

@@ -15,7 +15,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, Mesh
 
-from adaspa_jax import AttentionSharding, SparseConfig, SparseState, StepKind, adaspa_attention
+from adaspa_jax import AttentionSharding, SparseConfig, SparseState, StepKind, adaspa_attention, attend
 from models.pipeline.families import VideoSize, family_of
 from models.pipeline.guidance import Guidance
 from models.pipeline.mesh import best_mesh, make_mesh, parse_mesh, placement
@@ -180,15 +180,11 @@ def test_what_is_compiled() -> None:
     shape = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32, sharding=sharding.named("data", "tokens"))
     state = jax.eval_shape(lambda: SparseState.create(layout, CONFIG, 1, 8, sharding=sharding))
 
-    def step(q: Any, state: Any) -> Any:
-        from adaspa_jax import attend
+    def step(q: Any, k: Any, v: Any, state: Any) -> Any:
+        parts = [(x, x[:, :0]) for x in (q, k, v)]
+        return attend(*parts, state, StepKind.SPARSE, layout=layout, config=CONFIG, sharding=sharding)
 
-        none = q[:, :0]
-        return attend(
-            (q, none), (q, none), (q, none), state, StepKind.SPARSE, layout=layout, config=CONFIG, sharding=sharding
-        )
-
-    text = jax.jit(step).lower(shape, state).compile().as_text()
+    text = jax.jit(step).lower(shape, shape, shape, state).compile().as_text()
     assert text.count(" all-to-all(") + text.count(" all-to-all-start(") == 4
     assert "all-gather" not in text
 
