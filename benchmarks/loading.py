@@ -41,7 +41,8 @@ from convert.writer import convert
 task, source, target = sys.argv[1:]
 
 def memory(name):
-    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(name)) * 1024
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith(name)) * 1024
 
 jax.block_until_ready(jax.numpy.zeros(1))
 idle, begun = memory("VmRSS"), time.perf_counter()
@@ -83,7 +84,7 @@ def write_checkpoint(folder: Path, layers: int) -> int:
         for shape in shapes.values():
             file.write(noise[: math.prod(shape)].tobytes())
     config = PORTS[CLASS].config.from_dict(OPTIONS | {"num_layers": layers})
-    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS} | vars(config)))
+    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS} | vars(config)), encoding="utf-8")
     return size
 
 

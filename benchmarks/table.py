@@ -8,6 +8,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from adaspa_jax import json_values
+
 
 def show(title: str, rows: list[dict[str, Any]]) -> None:
     """Prints rows, all with the same keys, as a table; floats with four significant digits."""
@@ -20,10 +22,10 @@ def show(title: str, rows: list[dict[str, Any]]) -> None:
 
 
 def write_json(path: Path | None, rows: list[dict[str, Any]]) -> None:
-    """Writes rows to `path`, whole or not at all; None writes nothing."""
+    """Writes rows to `path`, as `json_values` spells them, whole or not at all; None writes nothing."""
     if path is None:
         return
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n")
+    temporary.write_text(json.dumps(json_values(rows), indent=1, allow_nan=False) + "\n", encoding="utf-8")
     os.replace(temporary, path)

@@ -2,6 +2,7 @@
 
     python -m models.encode_prompt --checkpoint PIPELINE --prompt "a cat on a roof" --out prompts.safetensors
     python -m models.encode_prompt --checkpoint PIPELINE --prompt "it turns" --image cat.png --out cat.safetensors
+    python -m models.encode_prompt --checkpoint PIPELINE --prompt "it turns" --image cat.png --last-image tail.png
 
 PIPELINE is a diffusers pipeline folder with its text encoders; template, crop and length are those of its pipeline in
 diffusers, whose code runs. Needs the `torch` extra. The file holds what `python -m models.sample --embeddings` reads.
@@ -24,7 +25,9 @@ from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.checkpoint.weight_files import variant_of, weights_file
 from models.commands.cli import run_cli
 from models.pipeline.embeddings import NEGATIVE, Embeddings, write_tensors
-from models.pipeline.families import VideoSize, default_size, stored_family
+from models.pipeline.families import Family, VideoSize, stored_family
+from models.transformers.base import VideoTransformer
+from models.transformers.wan import WanConfig
 
 console = Console(stderr=True)
 PIPELINES = {
@@ -135,12 +138,16 @@ def encode_text(pipe: Any, prompts: list[str], negative: str | None, image: Any 
     return found
 
 
-def encode_image(pipe: Any, image: Any, count: int, size: VideoSize) -> Embeddings:
-    """Latents of a PIL image, as the transformer takes them, for `count` prompts; Wan 2.1's CLIP embedding too."""
+def encode_image(pipe: Any, image: Any, count: int, size: VideoSize, last: Any = None) -> Embeddings:
+    """Latents of a PIL image, as the transformer takes them, for `count` prompts; Wan 2.1's CLIP embedding too.
+
+    `last`: the image that Wan's video ends with; the embeddings are then [count, 2, S, E].
+    """
     import torch
 
     family, device, config = PIPELINES[type(pipe).__name__], pipe._execution_device, pipe.transformer.config
-    pixels = pipe.video_processor.preprocess(image, size.height, size.width).to(device, pipe.vae.dtype)
+    preprocess = lambda x: pipe.video_processor.preprocess(x, size.height, size.width).to(device, pipe.vae.dtype)
+    pixels = preprocess(image)
     sizes: dict[str, Any] = {"num_frames": size.frames, "height": size.height, "width": size.width}
     # Of noise that is thrown away, and of the image's latents where a model samples them.
     sizes |= {"dtype": torch.float32, "device": device, "generator": torch.Generator(device).manual_seed(0)}
@@ -150,7 +157,8 @@ def encode_image(pipe: Any, image: Any, count: int, size: VideoSize) -> Embeddin
         _, condition = pipe.prepare_latents(pixels, 1, pipe.vae.config.latent_channels, **sizes)
         condition = condition.swapaxes(1, 2)
     elif family == "wan":
-        condition = pipe.prepare_latents(pixels, 1, pipe.vae.config.z_dim, **sizes)[1]
+        end = {} if last is None else {"last_image": preprocess(last)}
+        condition = pipe.prepare_latents(pixels, 1, pipe.vae.config.z_dim, **sizes, **end)[1]
     else:
         kind = config.image_condition_type
         sizes["image_condition_type"] = kind
@@ -162,11 +170,12 @@ def encode_image(pipe: Any, image: Any, count: int, size: VideoSize) -> Embeddin
             condition = torch.cat([condition, mask], 1)
     found = {"condition": _array(condition).repeat(count, 0)}
     if family == "wan" and config.image_dim is not None:
-        found["image_embeds"] = _array(pipe.encode_image(image)).repeat(count, 0)
+        embeds = _array(pipe.encode_image(image if last is None else [image, last]))
+        found["image_embeds"] = (embeds if last is None else embeds[None]).repeat(count, 0)
     return found
 
 
-def read_picture(path: Path) -> Any:
+def read_picture(path: Path, option: str = "--image") -> Any:
     """An RGB PIL image, upright, as diffusers' load_image makes it. Raises ValueError for what is no picture."""
     from PIL import Image, ImageOps
 
@@ -174,32 +183,57 @@ def read_picture(path: Path) -> Any:
         with Image.open(path) as file:
             return ImageOps.exif_transpose(file).convert("RGB")
     except Exception as error:  # whatever a damaged picture makes of it
-        raise ValueError(f"--image {path} cannot be read as a picture ({error}); give a PNG or JPEG file") from error
+        raise ValueError(f"{option} {path} cannot be read as a picture ({error}); give a PNG or JPEG file") from error
 
 
-def video_size(checkpoint: Path, size: tuple[int | None, int | None, int | None]) -> VideoSize:
+def video_size(family: Family, model: VideoTransformer, size: tuple[int | None, int | None, int | None]) -> VideoSize:
     """The video that frames, height and width ask for; None: the model's own. ValueError if it cannot make that."""
-    own = default_size(checkpoint)
     given = {name: n for name, n in zip(("frames", "height", "width"), size, strict=True) if n is not None}
     for name, n in given.items():
         if type(n) is not int or n < 1:
             raise ValueError(f"--{name} {n} must be a whole number of at least 1")
-    wanted = dataclasses.replace(own, **given)
-    if wanted != own:
-        family, model = stored_family(checkpoint)
+    wanted = dataclasses.replace(family.size, **given)
+    if wanted != family.size:
         family.latent_shape(wanted, model)
     return wanted
 
 
+def check_last_image(family: Family, model: VideoTransformer, size: VideoSize, given: bool) -> None:
+    """ValueError for a last image that the model has no place for, and for one that it needs and is not given."""
+    config = model.config
+    between = isinstance(config, WanConfig) and config.in_channels > config.out_channels and not family.frame_tokens
+    # Wan 2.1 sees its pictures through CLIP too: one, or always two. Wan 2.2 has them in the latents alone.
+    clip = isinstance(config, WanConfig) and config.image_dim is not None
+    two = isinstance(config, WanConfig) and config.pos_embed_seq_len is not None
+    if given and (not between or (clip and not two)):
+        raise ValueError(f"this {family.name} has no place for a --last-image; leave it out")
+    if not given and between and clip and two:
+        raise ValueError(f"this {family.name} is made for a first and a last frame; give --last-image too")
+    if given and size.frames < 2:
+        raise ValueError(f"--frames {size.frames} is too few for a first and a last image; give at least 5")
+
+
 def encode(
-    checkpoint: Path, prompts: list[str], negative: str | None, image: Path | None, size: Any, dtype: str
+    checkpoint: Path,
+    prompts: list[str],
+    negative: str | None,
+    image: Path | None,
+    size: Any,
+    dtype: str,
+    last_image: Path | None = None,
 ) -> Embeddings:
     """The embeddings of prompts, and of an image for a video of `size`, three numbers or None each.
 
-    Raises ValueError for a picture, a size or a checkpoint that cannot be used, before anything is loaded.
+    `last_image`: what the video ends with. Raises ValueError for a picture, a size or a checkpoint that cannot be used,
+    before anything is loaded.
     """
     picture = None if image is None else read_picture(image)
-    wanted = None if image is None else video_size(checkpoint, size)
+    last = None if last_image is None else read_picture(last_image, "--last-image")
+    wanted = None
+    if image is not None:
+        described = stored_family(checkpoint)
+        wanted = video_size(*described, size)
+        check_last_image(*described, wanted, last is not None)
     pipe = load_encoders(checkpoint, image=image is not None, dtype=dtype)
     import torch
 
@@ -208,7 +242,7 @@ def encode(
         negative = "" if negative is None and family != "hunyuan" else negative
         found = encode_text(pipe, prompts, negative, picture if family == "hunyuan" else None)
         if wanted is not None:
-            found |= encode_image(pipe, picture, len(prompts), wanted)
+            found |= encode_image(pipe, picture, len(prompts), wanted, last)
     return found
 
 
@@ -227,6 +261,19 @@ def decoded(text: str) -> str:
     return text
 
 
+def _check_files(out: Path, image: Path | None, last_image: Path | None) -> None:
+    """ValueError for a file that cannot be written or read."""
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out}: its folder does not exist; make it first")
+    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK | os.X_OK):
+        raise ValueError(f"--out {out} cannot be written; name a file in a folder you may write to")
+    if image is None and last_image is not None:
+        raise ValueError(f"--last-image {last_image} goes with --image, the picture that the video begins with")
+    for option, picture in (("--image", image), ("--last-image", last_image)):
+        if picture is not None and not picture.is_file():
+            raise ValueError(f"{option} {picture} does not exist")
+
+
 def main(
     checkpoint: Annotated[Path, typer.Option(help="diffusers pipeline folder with text encoders")],
     prompt: Annotated[list[str], typer.Option(help="what to show; repeat for a batch")],
@@ -234,6 +281,10 @@ def main(
         str | None, typer.Option(help="what to avoid; default: nothing, for models that need one for guidance")
     ] = None,
     image: Annotated[Path | None, typer.Option(help="a picture to animate, for image-to-video models")] = None,
+    last_image: Annotated[
+        Path | None,
+        typer.Option(help="the picture that the video ends with, with --image: Wan for first and last frame"),
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="of the video, with --image")] = None,
     height: Annotated[int | None, typer.Option(help="pixels, with --image")] = None,
     width: Annotated[int | None, typer.Option(help="pixels, with --image")] = None,
@@ -244,17 +295,12 @@ def main(
     """Encodes prompts to a file."""
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype} must be float32 or bfloat16")
-    if not out.absolute().parent.is_dir():
-        raise ValueError(f"--out {out}: its folder does not exist; make it first")
-    if out.is_dir() or not os.access(out.absolute().parent, os.W_OK | os.X_OK):
-        raise ValueError(f"--out {out} cannot be written; name a file in a folder you may write to")
-    if image is not None and not image.is_file():
-        raise ValueError(f"--image {image} does not exist")
+    _check_files(out, image, last_image)
     if image is None and (frames, height, width) != (None, None, None):
         raise ValueError("--frames, --height and --width go with --image; else they are given to models.sample")
     prompt = [decoded(text) for text in prompt]
     negative = None if negative is None else decoded(negative)
-    found = encode(checkpoint, prompt, negative, image, (frames, height, width), dtype)
+    found = encode(checkpoint, prompt, negative, image, (frames, height, width), dtype, last_image)
     write_tensors(out, found, {"prompts": json.dumps(prompt)})
     console.print(f"wrote {out}: {', '.join(f'{k} {list(v.shape)}' for k, v in found.items())}", highlight=False)
 

@@ -1,9 +1,20 @@
-"""Settings of every test: full float32 products, no implicit rank promotion, property tests that repeat themselves."""
+"""Settings of every test: full float32 products, no implicit rank promotion, property tests that repeat themselves.
+
+What XLA has compiled in this process is kept on disk until the process ends: the same program is compiled once, however
+often a test makes it anew.
+"""
+
+import tempfile
 
 import hypothesis
 import jax
 import numpy as np
 import pytest
+
+COMPILED = tempfile.TemporaryDirectory(prefix="adaspa-tests-")
+jax.config.update("jax_compilation_cache_dir", COMPILED.name)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
 
 jax.config.update("jax_default_matmul_precision", "highest")
 jax.config.update("jax_numpy_rank_promotion", "raise")

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("adaspa_jax", "pallas_kernels", "models", "convert")
+FOLDERS = ("adaspa_jax", "pallas_kernels", "models", "convert", "benchmarks")
 _OPENERS = {"open", "read_text", "write_text", "fdopen", "NamedTemporaryFile", "TemporaryFile"}
 _BINARY_UNLESS_TOLD = {"NamedTemporaryFile", "TemporaryFile"}
 _NO_FILES = {"av", "Image", "webbrowser", "os"}

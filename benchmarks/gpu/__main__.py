@@ -70,7 +70,7 @@ def torch_rows(sizes: list[int]) -> list[dict[str, Any]]:
         if ended.returncode:
             print(f"torch was not timed: {ended.stderr.strip().splitlines()[-1:]}")
             return []
-        return json_format.loads(Path(file.name).read_text())
+        return json_format.loads(Path(file.name).read_text(encoding="utf-8"))
 
 
 def compile_only(json: Path | None) -> None:
@@ -81,7 +81,7 @@ def compile_only(json: Path | None) -> None:
             file = Path(folder) / "rows.json"
             command = [sys.executable, "-m", "benchmarks.gpu.compiled", "--arch", arch, "--json", str(file)]
             subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            rows += json_format.loads(file.read_text())
+            rows += json_format.loads(file.read_text(encoding="utf-8"))
         print(f"compiled for {arch}", flush=True)
     show("compiled without a GPU; nothing was run", rows)
     write_json(json, rows)

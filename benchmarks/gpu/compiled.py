@@ -111,7 +111,7 @@ def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "kernel.ptx"
-        source.write_text(ptx)
+        source.write_text(ptx, encoding="utf-8")
         tool, made = str(ptxas or cuda_root() / "bin" / "ptxas"), f"{folder}/kernel.cubin"
         command = [tool, "-v", f"-arch={arch[1]}", str(source), "-o", made]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -199,11 +199,11 @@ def _mosaic(function: Callable[..., Any], arguments: list[Any], arch: str) -> di
         old.unlink()
     lower(function, arguments, arch).compile()
     (source,) = folder.glob("*.ptx")
-    ptx = source.read_text()
+    ptx = source.read_text(encoding="utf-8")
     sizes = {
         int(n)
         for log in folder.glob("*.mlir-passes.log")
-        for n in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", log.read_text())
+        for n in re.findall(r"dynamic_shared_memory_size %c(\d+)_i32", log.read_text(encoding="utf-8"))
     }
     return run_ptxas(ptx) | {"smem_bytes": max(sizes, default=0)} | count_instructions(ptx)
 

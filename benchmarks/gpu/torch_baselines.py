@@ -65,4 +65,5 @@ def rows(tokens: int) -> list[dict[str, Any]]:
 
 if __name__ == "__main__":
     with torch.no_grad():
-        Path(sys.argv[1]).write_text(json.dumps([row for n in sys.argv[2:] for row in rows(int(n))]))
+        found = [row for n in sys.argv[2:] for row in rows(int(n))]
+        Path(sys.argv[1]).write_text(json.dumps(found), encoding="utf-8")

@@ -74,7 +74,9 @@ def _loop(bundles: list[str], first: int, last: int, innermost: bool) -> Loop:
 
 def loops(schedule: Path) -> list[Loop]:
     """The loops of a `*-packed-bundles-post-ra.txt`, in the order of their ends."""
-    bundles = [line for line in schedule.read_text(errors="replace").splitlines() if _BUNDLE.match(line)]
+    bundles = [
+        line for line in schedule.read_text(encoding="utf-8", errors="replace").splitlines() if _BUNDLE.match(line)
+    ]
     spans = []
     for i, line in enumerate(bundles):
         match = _BRANCH.search(line)
@@ -86,7 +88,7 @@ def loops(schedule: Path) -> list[Loop]:
 
 def total_cycles(schedule: Path) -> int:
     """Cycles of one of XLA's own operations that is one loop of a fixed number of turns, such as a sort."""
-    (turns,) = _TURNS.findall(schedule.read_text(errors="replace"))
+    (turns,) = _TURNS.findall(schedule.read_text(encoding="utf-8", errors="replace"))
     return int(turns) * max(loop.cycles for loop in loops(schedule))
 
 
@@ -105,7 +107,7 @@ def scoped_bytes(schedule: Path) -> dict[str, int]:
     name = re.sub(r"-\d+-packed-bundles-post-ra.txt$", "", schedule.name)
     (path,) = (p for p in schedule.parent.iterdir() if re.fullmatch(re.escape(name) + r"-\d+-post-ra\.txt", p.name))
     totals = {"vmem": 0, "smem": 0, "spill": 0}
-    for spill, memory, size in _ALLOCATION.findall(path.read_text(errors="replace")):
+    for spill, memory, size in _ALLOCATION.findall(path.read_text(encoding="utf-8", errors="replace")):
         name = "spill" if spill and memory == "vmem" else memory
         totals[name] = totals.get(name, 0) + int(size, 16)
     return totals

@@ -358,7 +358,7 @@ def in_processes(chips: list[str], cases: str) -> list[dict[str, Any]]:
             ended = subprocess.run([str(x) for x in command], capture_output=True, text=True)
             if ended.returncode:
                 raise RuntimeError(f"compiling for {chip} failed:\n{ended.stderr[-4000:]}")
-            return json_module.loads(path.read_text())
+            return json_module.loads(path.read_text(encoding="utf-8"))
 
     with ThreadPoolExecutor(2) as pool:
         return [row for rows in pool.map(one, chips) for row in rows]

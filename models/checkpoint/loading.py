@@ -22,7 +22,7 @@ from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.checkpoint.weight_files import expert_folders, read_weights, weights_file
 from models.transformers.base import TransformerConfig, VideoTransformer
 
-__all__ = ["CheckpointError", "Source", "expert_folders", "from_pretrained", "open_source"]
+__all__ = ["CheckpointError", "Source", "describe", "expert_folders", "from_pretrained", "open_source"]
 
 MARK = "adaspa_jax"
 """Key of a converted folder's config.json that says who wrote it."""
@@ -67,6 +67,17 @@ class Source:
         """NNX path -> dtype of every parameter of a model of `dtype`."""
         model = abstract_model(self.port, self.sizes, dtype)
         return {path: np.dtype(leaf.dtype) for path, leaf in parameters(model).items()}
+
+
+@dataclass(frozen=True)
+class Converted:
+    """A folder that `python -m convert` wrote, its config checked, nothing read yet."""
+
+    path: Path
+    port: Port
+    sizes: TransformerConfig
+    dtype: np.dtype
+    """That it was converted to; some weights stay float32 in it."""
 
 
 def _existing(path: Path) -> Path:
@@ -198,6 +209,42 @@ def open_source(path: Path, follow_links: bool = False) -> Source:
     return Source(path, known.name if known else "diffusers", config, port, sizes, tensors, leaves)
 
 
+def _open_converted(folder: Path, config: dict[str, Any]) -> Converted:
+    """Checks what a converted folder says of itself. Raises CheckpointError."""
+    mark = config[MARK] if isinstance(config[MARK], dict) else {}
+    version, name = mark.get("format"), mark.get("dtype")
+    if version != FORMAT_VERSION:
+        raise CheckpointError(f"{folder} has format {version!r}, this version reads {FORMAT_VERSION}; convert it again")
+    if not (folder / WEIGHTS).is_dir():
+        raise CheckpointError(f"{folder} has no {WEIGHTS}/; convert it again")
+    port, sizes = parse_config(folder, config)
+    try:
+        dtype = jnp.dtype(str(name))
+    except TypeError as error:
+        raise CheckpointError(f"{folder / 'config.json'}: {name!r} is no dtype; convert it again") from error
+    return Converted(folder, port, sizes, dtype)
+
+
+def open_checkpoint(path: Path, follow_links: bool = False) -> Source | Converted:
+    """Opens what `open_source` does, or a converted folder, and checks all but the values. Raises CheckpointError."""
+    folder = locate(path, follow_links)
+    config = read_json(folder / "config.json") if folder.is_dir() else {}
+    return _open_converted(folder, config) if MARK in config else open_source(folder, follow_links)
+
+
+def _model_of(opened: Source | Converted, dtype: Any) -> VideoTransformer:
+    """The model with shapes in place of weights; `dtype` None: the checkpoint's."""
+    return abstract_model(opened.port, opened.sizes, jnp.dtype(dtype or opened.dtype))
+
+
+def describe(path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> VideoTransformer:
+    """The transformer that `from_pretrained` would load, with shapes in place of weights.
+
+    Raises CheckpointError for what it would refuse but for the values of the weights.
+    """
+    return _model_of(open_checkpoint(Path(path), follow_links), dtype)
+
+
 def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
     """A tree with one leaf."""
     for name in reversed(path):
@@ -210,18 +257,11 @@ def _sharding(placement: Placement | None, path: tuple[str, ...], shape: tuple[i
     return placement(path, shape) if callable(placement) else placement
 
 
-def _read_converted(
-    folder: Path, config: dict[str, Any], placement: Placement | None
-) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
+def _read_converted(source: Converted, placement: Placement | None) -> Iterator[tuple[tuple[str, ...], jax.Array]]:
     """Restores the orbax checkpoint of a converted folder."""
     from orbax.checkpoint import v1 as ocp
 
-    version = config[MARK].get("format") if isinstance(config[MARK], dict) else None
-    if version != FORMAT_VERSION:
-        raise CheckpointError(f"{folder} has format {version!r}, this version reads {FORMAT_VERSION}; convert it again")
-    if not (folder / WEIGHTS).is_dir():
-        raise CheckpointError(f"{folder} has no {WEIGHTS}/; convert it again")
-    model = abstract_model(*parse_config(folder, config), jnp.dtype(config[MARK]["dtype"]))
+    folder, model = source.path, _model_of(source, None)
     default = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     abstract: dict[str, Any] = {}
     for path, leaf in parameters(model).items():
@@ -286,16 +326,11 @@ def from_pretrained(
     Raises:
       CheckpointError: a ValueError, for anything that cannot be loaded whole.
     """
-    folder = locate(Path(path), follow_links)
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
-    if MARK in config:
-        stored = jnp.dtype(config[MARK]["dtype"]) if isinstance(config[MARK], dict) else None
-        port, sizes = parse_config(folder, config)
-        model = abstract_model(port, sizes, jnp.dtype(dtype or stored))
-        values = _read_converted(folder, config, sharding)
+    source = open_checkpoint(Path(path), follow_links)
+    model = _model_of(source, dtype)
+    if isinstance(source, Converted):
+        values = _read_converted(source, sharding)
     else:
-        source = open_source(folder, follow_links)
-        model = abstract_model(source.port, source.sizes, jnp.dtype(dtype or source.dtype))
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters(model).items()}
         values = _stream(source, dtypes, sharding)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))

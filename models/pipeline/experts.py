@@ -1,29 +1,10 @@
-"""The transformers of a checkpoint with shapes in place of weights: what can be checked before anything is loaded."""
+"""Which of two experts takes which steps."""
 
 import math
-from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
-
-from models.checkpoint.loading import MARK, abstract_model, locate, open_source, parse_config
-from models.checkpoint.safetensors_folder import CheckpointError, read_json
+from models.checkpoint.safetensors_folder import CheckpointError
 from models.transformers.base import VideoTransformer
-
-
-def describe(path: Path, dtype: Any = None, follow_links: bool = False) -> VideoTransformer:
-    """The transformer that `models.from_pretrained` would load, without weights.
-
-    Raises CheckpointError for what it would refuse but for the values of the weights.
-    """
-    folder = locate(path, follow_links)
-    config = read_json(folder / "config.json") if folder.is_dir() else {}
-    if MARK in config:
-        stored = config[MARK].get("dtype", "float32") if isinstance(config[MARK], dict) else "float32"
-        port, sizes = parse_config(folder, config)
-        return abstract_model(port, sizes, jnp.dtype(dtype or stored))
-    source = open_source(folder, follow_links)
-    return abstract_model(source.port, source.sizes, jnp.dtype(dtype or source.dtype))
 
 
 def boundary_ratio(index: dict[str, Any], experts: tuple[VideoTransformer, ...]) -> float | None:

@@ -184,11 +184,6 @@ def stored_family(checkpoint: Path) -> tuple[Family, VideoTransformer]:
     return family_of(model, read_json(checkpoint / "model_index.json")), model
 
 
-def default_size(checkpoint: Path) -> VideoSize:
-    """The size that a pipeline folder's model makes unless told otherwise. Raises CheckpointError."""
-    return stored_family(checkpoint)[0].size
-
-
 @dataclass(frozen=True)
 class PixelSize:
     """What a model of pixels was trained on: frames, height and width, and the playing speed.

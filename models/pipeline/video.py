@@ -16,10 +16,10 @@ from jax.sharding import Mesh
 
 from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
 from models import schedulers
-from models.checkpoint.loading import expert_folders, from_pretrained
+from models.checkpoint.loading import describe, expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
-from models.pipeline.experts import boundary_ratio, describe
+from models.pipeline.experts import boundary_ratio
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
 from models.pipeline.mesh import Weights, create_states, for_report, gather_small, placement, put
@@ -164,7 +164,7 @@ class VideoPipeline:
         """What `load` loads, with shapes in place of weights: enough for `plan`. Raises ValueError as `load` does."""
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-        experts = tuple(describe(folder, dtype, follow_links) for folder in expert_folders(path))
+        experts = tuple(describe(folder, dtype, follow_links=follow_links) for folder in expert_folders(path))
         ratio = boundary_ratio(index, experts)
         family = family_of(experts[0], index | {"boundary_ratio": ratio})
         scheduler = family.scheduler

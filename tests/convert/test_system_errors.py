@@ -1,6 +1,7 @@
 """Errors of the system while converting: one line, exit code 2, nothing half-written, no words of a library."""
 
 import errno
+import json
 import os
 import shutil
 import stat
@@ -17,6 +18,7 @@ from orbax.checkpoint import v1 as ocp
 import models
 from convert import writer
 from convert.writer import convert
+from models.checkpoint.loading import MARK, describe
 from models.checkpoint.safetensors_folder import CheckpointError, Tensor
 
 DEMO = Path(models.__file__).parent / "demo" / "checkpoint"
@@ -102,3 +104,22 @@ def test_a_damaged_conversion_is_one_line(
         file.write_bytes(content)
     assert capfd.readouterr().err == ""
     assert np.isfinite(models.from_pretrained(tmp_path / "out").proj_out.kernel[...]).all()
+
+
+@pytest.mark.parametrize("read", [describe, models.from_pretrained])
+def test_a_damaged_mark_is_named_without_reading_weights(read: Any, tmp_path: Path) -> None:
+    (tmp_path / "weights").mkdir()
+    config = json.loads((DEMO / "transformer" / "config.json").read_text(encoding="utf-8"))
+    for mark, message in (
+        ("1", "has format None, this version reads 1; convert it again"),
+        ({"format": 2, "dtype": "float32"}, "has format 2"),
+        ({"format": 1, "dtype": "int4.5"}, r"config\.json: 'int4\.5' is no dtype; convert it again"),
+        ({"format": 1}, "None is no dtype"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(config | {MARK: mark}), encoding="utf-8")
+        with pytest.raises(CheckpointError, match=message):
+            read(tmp_path)
+    (tmp_path / "weights").rmdir()
+    (tmp_path / "config.json").write_text(json.dumps(config | {MARK: {"format": 1, "dtype": "float32"}}))
+    with pytest.raises(CheckpointError, match="has no weights/; convert it again"):
+        read(tmp_path)

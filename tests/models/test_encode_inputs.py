@@ -1,7 +1,9 @@
 """What goes into `encode_prompt`: pictures as diffusers loads them, sizes, folders of all kinds, any locale's text."""
 
+import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,13 +16,18 @@ import pytest
 import torch
 import transformers
 from diffusers.utils import load_image
+from flax import nnx
 from PIL import Image
 from safetensors.torch import load_file
 
 from models import encode_prompt
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.pipeline.embeddings import read_embeddings, read_prompts
+from models.pipeline.families import VideoSize, family_of
+from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
+from models.transformers.wan import WanConfig, WanTransformer
 from tests.models.test_encode_prompt import SIZE, picture, t5, text_pipeline, tokenizer, unipc, wan_i2v
+from tests.models.transformers import test_hunyuan_video, test_wan
 
 ROOT = Path(encode_prompt.__file__).parents[1]
 ORIENTATION = 0x0112
@@ -168,6 +175,57 @@ def test_sizes_are_checked_before_anything_is_loaded(
     monkeypatch.setattr(encode_prompt, "load_encoders", lambda *a, **k: SimpleNamespace(fail=1 / 0))
     with pytest.raises(ValueError if message else ZeroDivisionError, match=message):
         encode_prompt.encode(folder, ["a cat"], None, folder / "cat.png", size, "float32")
+
+
+NO_PLACE = "no place for a --last-image; leave it out"
+NEEDED = "made for a first and a last frame; give --last-image too"
+WAN = test_wan.SMALL | {"in_channels": 12}
+CLIP = {"image_dim": 20, "added_kv_proj_dim": 128}
+TWO = CLIP | {"pos_embed_seq_len": 10}
+HUNYUAN = test_hunyuan_video.VARIANTS["I2V, latents"]
+MODELS = {WanConfig: WanTransformer, HunyuanVideoConfig: HunyuanVideoTransformer}
+
+
+@pytest.mark.parametrize(
+    ("config", "options", "index", "frames", "given", "message"),
+    [
+        (WanConfig, WAN | CLIP, {}, 5, True, "this Wan 2.1 I2V has " + NO_PLACE),
+        (WanConfig, WAN | CLIP, {}, 5, False, None),
+        (WanConfig, WAN | TWO, {}, 5, False, NEEDED),
+        (WanConfig, WAN | TWO, {}, 5, True, None),
+        (WanConfig, WAN | TWO, {}, 1, True, "--frames 1 is too few"),
+        (WanConfig, WAN, {"boundary_ratio": 0.9}, 5, True, None),
+        (WanConfig, WAN, {"boundary_ratio": 0.9}, 5, False, None),
+        (WanConfig, test_wan.SMALL, {}, 5, True, "this Wan 2.1 has " + NO_PLACE),
+        (WanConfig, test_wan.SMALL, {"expand_timesteps": True}, 5, True, "this Wan 2.2 TI2V has " + NO_PLACE),
+        (HunyuanVideoConfig, HUNYUAN, {}, 9, True, "this HunyuanVideo I2V has " + NO_PLACE),
+    ],
+)
+def test_a_last_picture_is_for_models_that_have_a_place_for_it(
+    config: Any, options: Any, index: Any, frames: int, given: bool, message: str | None
+) -> None:
+    model = nnx.eval_shape(lambda: MODELS[config](config.from_dict(options), rngs=nnx.Rngs(0)))
+    family, size = family_of(model, index), VideoSize(frames, 48, 80)
+    with pytest.raises(ValueError, match=re.escape(message)) if message else contextlib.nullcontext():
+        encode_prompt.check_last_image(family, model, size, given)
+
+
+def test_a_last_picture_is_checked_before_anything_is_loaded(
+    image_pipeline: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    _, folder = image_pipeline
+    monkeypatch.setattr(encode_prompt, "load_encoders", None)
+    cat, out = folder / "cat.png", tmp_path / "x.safetensors"
+    size = {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
+    run = lambda last, image=cat: encode_prompt.main(folder, ["a cat"], image=image, last_image=last, out=out, **size)
+    with pytest.raises(ValueError, match=NO_PLACE):
+        run(cat)
+    with pytest.raises(ValueError, match=r"--last-image .*no\.png does not exist"):
+        run(folder / "no.png")
+    with pytest.raises(ValueError, match=r"--last-image .*index\.json cannot be read as a picture"):
+        run(folder / "model_index.json")
+    with pytest.raises(ValueError, match="goes with --image"):
+        run(cat, None)
 
 
 def test_a_place_that_cannot_be_written_is_named_first(tmp_path: Path) -> None:

@@ -38,13 +38,6 @@ SAVED: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wan")
-    small_wan().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def vae() -> AutoencoderKLWan:
     torch.manual_seed(0)
     scale = {"latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}

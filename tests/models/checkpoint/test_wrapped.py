@@ -42,13 +42,6 @@ BUFFERS = {
 
 
 @pytest.fixture(scope="module")
-def wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("wan")
-    small_wan().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
 def expected(wan: Path) -> dict[str, np.ndarray]:
     return values(wan)
 

@@ -9,9 +9,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from models.checkpoint import loading
 from models.commands import media
 from models.commands.cli import run_cli
-from models.pipeline import experts, video, words
+from models.pipeline import video, words
 from models.pipeline.video import LatentSample, VideoPipeline
 from models.vae import decoding
 from models.vae.load import vae_folder
@@ -35,7 +36,7 @@ def call(monkeypatch: pytest.MonkeyPatch, main: Callable[..., None], *arguments:
 @functools.cache
 def describe(path: Path, dtype: Any = None) -> Any:
     """The transformer of a folder without weights."""
-    return experts.describe(path, dtype)
+    return loading.describe(path, dtype)
 
 
 class Fakes:

@@ -52,6 +52,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "prompt": ["--prompt", "a dog"],
         "negative": ["--negative", "blurred"],
         "image": ["--image", "no/such"],
+        "last_image": "goes with --image",
         "frames": "--frames, --height and --width go with --image",
         "height": "--frames, --height and --width go with --image",
         "width": "--frames, --height and --width go with --image",

@@ -1,6 +1,7 @@
 """Runs that must be bit for bit alike, and the two that diffusers is compared with besides those of test_video.py."""
 
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import flax.nnx as nnx
@@ -12,6 +13,7 @@ import transformers
 from PIL import Image
 
 from adaspa_jax import SparseConfig
+from models import encode_prompt
 from models.pipeline.families import VideoSize, family_of
 from models.pipeline.guidance import Guidance
 from models.pipeline.video import VideoPipeline
@@ -24,6 +26,7 @@ from tests.models.transformers.ports import reference
 from tests.relative_error import relative_error
 
 SIZE, STEPS = VideoSize(5, 32, 32), 2
+SIDES = {"height": 32, "width": 32}
 TINY = test_wan.SMALL | {"num_layers": 1}
 
 
@@ -59,29 +62,40 @@ def test_guidance_0_is_that_of_diffusers(tmp_path: Path) -> None:
     assert relative_error(found.latents, expected) <= 1e-5
 
 
-def test_first_and_last_frame_make_the_video_of_diffusers(tmp_path: Path) -> None:
-    options = TINY | {"in_channels": 12, "image_dim": 20, "added_kv_proj_dim": 128, "pos_embed_seq_len": 10}
-    sides = {"height": 32, "width": 32}
-    processor = transformers.CLIPImageProcessorPil(size=sides, crop_size=sides)
-    transformer = reference(diffusers.WanTransformer3DModel, options)
-    parts = {"transformer": transformer, "image_encoder": clip_vision(), "image_processor": processor}
+def first_and_last(version: str) -> Any:
+    """Wan 2.1 sees the two frames through CLIP too, 2.2, with two experts, in the latents alone."""
+    options: dict[str, Any] = TINY | {"in_channels": 12}
+    if version == "2.2":
+        transformer = reference(diffusers.WanTransformer3DModel, options)
+        parts = {"transformer": transformer, "transformer_2": transformer, "boundary_ratio": 0.9}
+    else:
+        options |= {"image_dim": 20, "added_kv_proj_dim": 128, "pos_embed_seq_len": 10}
+        processor = transformers.CLIPImageProcessorPil(size=SIDES, crop_size=SIDES)
+        transformer = reference(diffusers.WanTransformer3DModel, options)
+        parts = {"transformer": transformer, "image_encoder": clip_vision(), "image_processor": processor}
     pipe = diffusers.WanImageToVideoPipeline(None, None, vae("wan2.1"), unipc(), **parts)
     pipe.set_progress_bar_config(disable=True)
-    save(tmp_path, pipe)
+    return pipe
+
+
+@pytest.mark.parametrize("version", ["2.1", "2.2"])
+def test_first_and_last_frame_make_the_video_of_diffusers(version: str, tmp_path: Path) -> None:
+    pipe = first_and_last(version)
+    save(tmp_path, pipe, **({"boundary_ratio": 0.9} if version == "2.2" else {}))
     rng = np.random.default_rng(3)
     first, last = (Image.fromarray(rng.integers(0, 256, (32, 32, 3), np.uint8)) for _ in range(2))
     # 512 text tokens: diffusers counts on them to find the image's.
     embeddings, noise = embeddings_of(512, 24), rng.standard_normal((1, 4, 2, 4, 4), np.float32)
     given = {name: torch.from_numpy(x) for name, x in embeddings.items()}
-    sizes = {"num_frames": 5, **sides}
+    sizes = {"num_frames": 5, **SIDES}
     run = {"num_inference_steps": STEPS, "output_type": "latent", "return_dict": False, "guidance_scale": 4.0}
     expected = pipe(first, last_image=last, **given, **sizes, **run, latents=torch.from_numpy(noise))[0].numpy()
 
-    pixels = [pipe.video_processor.preprocess(image, **sides) for image in (first, last)]
     with torch.no_grad():
-        more = {"dtype": torch.float32, "device": torch.device("cpu"), "last_image": pixels[1]}
-        embeddings["condition"] = pipe.prepare_latents(pixels[0], 1, 4, **sizes, **more)[1].numpy()
-        embeddings["image_embeds"] = pipe.encode_image([first, last]).numpy()  # [2, 5, 20]
+        embeddings |= encode_prompt.encode_image(pipe, first, 1, SIZE, last)
+        two = encode_prompt.encode_image(pipe, first, 2, SIZE, last)
+    for name, value in two.items():
+        np.testing.assert_array_equal(value, np.concatenate([embeddings[name]] * 2))
     how = {"size": SIZE, "guidance": Guidance(4.0), "noise": noise, "dense": True}
     found = VideoPipeline.load(tmp_path, "float32").sample(embeddings, SparseConfig(steps=STEPS, block_size=16), **how)
     assert relative_error(found.latents, expected) <= 1e-4
