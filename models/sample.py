@@ -23,6 +23,7 @@ from models.commands.options import DENSE, WORDS, is_given, refuse
 
 console = Console(stderr=True)
 _DTYPES = ("float32", "bfloat16")
+_WEIGHTS = ("replicated", "sharded")
 
 
 def timed(name: str, steps: int, sample: Any, **options: Any) -> Any:
@@ -60,6 +61,10 @@ def _check(given: dict[str, Any]) -> None:
         )
     if given["dtype"] not in (None, *_DTYPES):
         raise ValueError(f"--dtype {given['dtype']} must be one of {', '.join(_DTYPES)}")
+    if given["weights"] not in (None, *_WEIGHTS):
+        raise ValueError(f"--weights {given['weights']} must be one of {', '.join(_WEIGHTS)}")
+    if given["weights"] is not None and given["mesh"] is None:
+        raise ValueError(f"--weights {given['weights']} is for several devices; give --mesh, or leave it out")
     check_seed(given["seed"])
     VideoSize(*(1 if given[name] is None else given[name] for name in ("frames", "height", "width")))
     SparseConfig.preset(given["preset"] or "balanced", **_changes(given))
@@ -101,6 +106,12 @@ def main(
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="dense attention only")] = False,
     compare: Annotated[bool, typer.Option("--compare", help="run dense and AdaSpa from the same noise")] = False,
+    mesh: Annotated[
+        str | None, typer.Option(help="of devices: data=2,heads=4, rows=N too, or auto for all; default: one device")
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="on the mesh: replicated or sharded (less memory); default: replicated")
+    ] = None,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
     ] = False,
@@ -118,7 +129,18 @@ def main(
     scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
     size = (frames, height, width)
     options = Options(
-        preset, _changes(given), size, dtype, shift, scales, seed, compare, dense, follow_links=follow_links
+        preset,
+        _changes(given),
+        size,
+        dtype,
+        shift,
+        scales,
+        seed,
+        compare,
+        dense,
+        follow_links,
+        mesh,
+        "sharded" if weights == "sharded" else "replicated",
     )
     words = takes_words(checkpoint)
     if words:
@@ -128,6 +150,9 @@ def main(
             runs = Runs.of_words(checkpoint, prompt, options)
         else:
             runs = Runs.of_embeddings(checkpoint, prompt, embeddings, vae, options)
+        if (sharding := runs.pipeline.sharding) is not None:
+            sizes = ", ".join(f"{axis}={size}" for axis, size in sharding.mesh.shape.items())
+            console.print(f"sampling on {sharding.mesh.size} devices: {sizes}", highlight=False)
         samples = {}
         for name in ["dense"] * (dense or compare) + ["AdaSpa"] * (not dense):
             samples[name] = timed(name, runs.config.steps, runs.sample, dense=name == "dense")

@@ -14,6 +14,8 @@ WORDS = {
     "guidance_low_noise": "this checkpoint was trained without guidance",
     "true_cfg": "this checkpoint was trained without guidance",
     "dynamic_guidance": "this checkpoint was trained without guidance",
+    "mesh": "this checkpoint is small and samples on one device",
+    "weights": "this checkpoint is small and samples on one device",
     "share_cfg_indices": "this checkpoint was trained without guidance, so there are no two branches",
 }
 """Of `models.sample`, with a checkpoint of pixels that has a word encoder."""

@@ -10,7 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import Progress
 
-from adaspa_jax import SparseConfig, draw_blocks
+from adaspa_jax import AttentionSharding, SparseConfig, draw_blocks
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.commands import files
 from models.commands.files import Results
@@ -21,6 +21,7 @@ from models.pipeline.embeddings import Embeddings, read_embeddings, read_prompts
 from models.pipeline.families import VideoSize
 from models.pipeline.guidance import Guidance
 from models.pipeline.latents import SavedLatents, broken_runs, write_latents
+from models.pipeline.mesh import Weights, parse_mesh
 from models.pipeline.video import LatentSample, VideoPipeline
 from models.pipeline.words import HunyuanVideoPipeline
 
@@ -45,6 +46,10 @@ class Options:
     dense: bool = False
     follow_links: bool = False
     """The files of checkpoint and VAE may be links out of their folders."""
+    mesh: str | None = None
+    """Of devices, see `models.pipeline.mesh.parse_mesh`; None: one device."""
+    weights: Weights = "replicated"
+    """On the mesh."""
 
 
 @dataclass(frozen=True)
@@ -101,7 +106,8 @@ class Runs:
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
             links = options.follow_links
-            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, follow_links=links)
+            how: dict[str, Any] = {"weights": options.weights, "follow_links": links}
+            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, **how)
             return dataclasses.replace(runs, pipeline=loaded, follow_links=links)
 
     @classmethod
@@ -116,7 +122,12 @@ class Runs:
         size = VideoSize(*(n if given is None else given for given, n in zip(options.size, own, strict=True)))
         config = family.config(options.preset, **options.changes)
         pipeline = pipeline.with_shift(options.shift)
-        pipeline.plan(embeddings, config, size=size, guidance=guidance, seed=options.seed)
+        plan = pipeline.plan(embeddings, config, size=size, guidance=guidance, seed=options.seed)
+        if options.mesh is not None:
+            batch, heads = plan.shape[0] * (1 + plan.guided), pipeline.experts[0].config.num_attention_heads
+            sharding = AttentionSharding(parse_mesh(options.mesh, heads, batch, config))
+            sharding.check(config, batch, heads)
+            pipeline = dataclasses.replace(pipeline, sharding=sharding)
         runs = cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, **rest)
         if runs.shown:
             require("av", *["skimage.metrics"] * options.compare)
@@ -130,7 +141,7 @@ class Runs:
 
     def sample(self, *, dense: bool, **options: Any) -> LatentSample:
         """One run."""
-        keep = not dense and self._mass_bytes() <= MASS_LIMIT
+        keep = not dense and self.pipeline.sharding is None and self._mass_bytes() <= MASS_LIMIT
         options |= {"size": self.size, "guidance": self.guidance, "seed": self.seed}
         return self.pipeline.sample(self.embeddings, self.config, dense=dense, keep_mass=keep, **options)
 

@@ -21,9 +21,7 @@ def make_mesh(data: int = 1, heads: int = 1, rows: int = 1, devices: Any = None)
     """A mesh with the axes of `AttentionSharding`, over the first devices. ValueError if there are too few."""
     devices, count = jax.devices() if devices is None else devices, data * heads * rows
     if count > len(devices):
-        raise ValueError(
-            f"a mesh of data={data}, heads={heads}, rows={rows} needs {count} devices; {len(devices)} here"
-        )
+        raise ValueError(f"data={data}, heads={heads}, rows={rows} needs {count} devices; there are {len(devices)}")
     grid = np.array(devices[:count]).reshape(data, heads, rows)
     return Mesh(grid, _AXES, axis_types=(AxisType.Auto,) * 3)
 

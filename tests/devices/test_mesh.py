@@ -88,8 +88,8 @@ def test_attention_and_its_state(data: int, heads: int, rows: int, of_model: int
     np.testing.assert_array_equal(np.where(used, spread.indices[:, :, :blocks], 0), np.where(used, indices, 0))
     loads = counts[:, :, 0].reshape(2, heads, -1).sum(-1)
     assert len(set(counts[0, :, 0])) > 1  # the tiers differ
-    if of_model // heads > 1:
-        assert (loads == loads[:, :1]).all()
+    # Exact for an even number of heads a device; three of one device cannot be made of easy and hard alone.
+    assert loads.max() <= {0: 1.0, 1: 1.17}[of_model // heads % 2] * loads.mean() or of_model == heads
 
 
 HUNYUAN = HunyuanVideoConfig(

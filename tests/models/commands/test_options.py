@@ -78,6 +78,8 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "shift": "the time shift it was trained with",
         **dict.fromkeys(("guidance", "guidance_low_noise", "true_cfg", "dynamic_guidance"), "trained without guidance"),
         "share_cfg_indices": "trained without guidance",
+        "mesh": "samples on one device",
+        "weights": "is for several devices",
     },
     ("sample", "latents"): {
         "prompt": "those that --embeddings FILE was made from",
@@ -92,11 +94,13 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "true_cfg": "embeds no guidance",
         "dynamic_guidance": "is CogVideoX's",
         "share_cfg_indices": ["--share-cfg-indices"],
+        "mesh": ["--mesh", "heads=2"],
+        "weights": "is for several devices",
     },
     ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
     ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
 }
-REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog"}
+REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog", "mesh": "auto", "weights": "sharded"}
 """Values of options that are refused; numbers get 2."""
 FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links")
 BROKEN = {"sample": ["--seed", -1], "decode": ["--fps", 0]}
