@@ -63,7 +63,8 @@ class Fakes:
     def sample(self, pipe: Any, embeddings: Any, config: Any, **options: Any) -> LatentSample:
         options.pop("progress")
         given = {name: x.tobytes() for name, x in embeddings.items()}
-        self.calls.append((pipe.scheduler, str(pipe.experts[0].dtype), config, options, given))
+        mesh = pipe.sharding and dict(pipe.sharding.mesh.shape)
+        self.calls.append((pipe.scheduler, str(pipe.experts[0].dtype), config, options, given, mesh))
         asked = {name: options[name] for name in ("size", "guidance", "seed")}
         plan = pipe.plan(embeddings, config, **asked)
         layout = pipe.experts[0].layout(plan.shape[2:], 11, config)

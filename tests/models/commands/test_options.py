@@ -94,7 +94,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "true_cfg": "embeds no guidance",
         "dynamic_guidance": "is CogVideoX's",
         "share_cfg_indices": ["--share-cfg-indices"],
-        "mesh": ["--mesh", "heads=2"],
+        "mesh": ["--mesh", "heads=1"],
         "weights": "is for several devices",
     },
     ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
