@@ -1,9 +1,11 @@
 """Settings of every test: full float32 products, no implicit rank promotion, property tests that repeat themselves.
 
 What XLA has compiled in this process is kept on disk until the process ends: the same program is compiled once, however
-often a test makes it anew.
+often a test makes it anew. Without the matrices LLVM optimises little, which halves the time; `make test-all` compiles
+as people do.
 """
 
+import atexit
 import tempfile
 
 import hypothesis
@@ -12,6 +14,7 @@ import numpy as np
 import pytest
 
 COMPILED = tempfile.TemporaryDirectory(prefix="adaspa-tests-")
+atexit.register(COMPILED.cleanup)
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
@@ -23,6 +26,11 @@ hypothesis.settings.register_profile(
     "adaspa", deadline=None, derandomize=True, database=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
 hypothesis.settings.load_profile("adaspa")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Compiles fast where only representative cases run."""
+    jax.config.update("jax_disable_most_optimizations", config.option.markexpr == "not matrix")
 
 
 @pytest.fixture

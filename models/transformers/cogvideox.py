@@ -182,7 +182,7 @@ class PatchEmbed(nnx.Module):
         c = self.config
         video, text = self.proj(patchify(x, c.patch)), self.text_proj(text)
         if not c.use_rotary_positional_embeddings:
-            return video + sinusoidal_positions(c, grid).astype(video.dtype), text
+            return video + sinusoidal_positions(c, grid).astype(video.dtype)[None], text
         if not c.use_learned_positional_embeddings:
             return video, text
         if (grid, text.shape[1]) != (c.sample_grid, c.max_text_seq_length):

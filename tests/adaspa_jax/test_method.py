@@ -17,6 +17,7 @@ from adaspa_jax import (
     head_tiers,
     select_blocks,
 )
+from tests.matrix import in_matrix
 
 SIDES = st.integers(1, 9)
 LAYOUTS = st.builds(
@@ -184,8 +185,7 @@ def call_of(order: str, text: int, sparsity: float = 0.7, heads: int = 4, drift:
     return config, layout, q, k, v, valid, SparseState.create(layout, config, 2, heads)
 
 
-@pytest.mark.parametrize("order", ["raster", "cube"])
-@pytest.mark.parametrize("text", [0, 20])
+@pytest.mark.parametrize(("order", "text"), [("raster", 0), ("cube", 20), *in_matrix(("raster", 20), ("cube", 0))])
 def test_paper_check_cached_search_selects_what_fused_search_selects(order: str, text: int) -> None:
     config, layout, q, k, v, valid, state = call_of(order, text)
     run = jax.jit(
@@ -266,8 +266,7 @@ class Euler:
         return carry + row["dt"] * prediction
 
 
-@pytest.mark.parametrize("dense_layers", [(), (0, 1)])
-@pytest.mark.parametrize("sparsity", [0.0, 0.6])
+@pytest.mark.parametrize(("sparsity", "dense_layers"), [(0.6, ()), (0.0, ()), (0.6, (0, 1)), *in_matrix((0.0, (0, 1)))])
 def test_a_foreign_dit_plugs_in(sparsity: float, dense_layers: tuple) -> None:
     """Two layers of a DiT of its own, scanned, the state through xs and ys; the sampler is traced once."""
     config = SparseConfig(sparsity=sparsity, block_size=16, steps=6, dense_layers=dense_layers)

@@ -77,7 +77,7 @@ def test_mass_of_a_block_row_is_its_number_of_valid_rows(implementation) -> None
         query_valid=x.query_valid,
         **how(implementation),
     )
-    rows = jnp.clip(x.query_valid, 0, jnp.array([64, 64, 64, 64, 64, 13]))
+    rows = jnp.clip(x.query_valid, 0, jnp.array([[64, 64, 64, 64, 64, 13]]))
     np.testing.assert_allclose(mass.sum(-1), jnp.broadcast_to(rows[:, None], mass.shape[:3]), rtol=1e-4)
 
 

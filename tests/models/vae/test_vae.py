@@ -21,6 +21,7 @@ from models.vae import wan as vae_wan
 from models.vae.base import space_windows, time_windows
 from models.vae.cogvideox_torch import decode_with_diffusers
 from models.vae.load import WHOLE, Tiling, abstract_vae, load_vae, plan_vae
+from tests.matrix import in_matrix
 from tests.relative_error import relative_error
 
 WAN_SCALE = {"latents_mean": [0.1, -0.2, 0.3, 0.0], "latents_std": [1.5, 0.7, 2.0, 1.0]}
@@ -101,7 +102,7 @@ def test_one_frame(tiny, name):
     assert relative_error(ours.decode(latents), decode_theirs(theirs, name, latents)) < 1e-5
 
 
-@pytest.mark.parametrize(("name", "all_frames"), [("wan2.1", (4, 12)), ("wan2.2", (8,))])
+@pytest.mark.parametrize(("name", "all_frames"), [("wan2.1", (4, 12)), *in_matrix(("wan2.2", (8,)))])
 def test_wan_in_pieces_of_time_equals_the_whole(tiny, name, all_frames):
     """The first frame, then pieces of one, two or three latent frames, the last one padded; two programs each."""
     _, _, ours = tiny[name]
@@ -136,7 +137,7 @@ def test_hunyuan_in_pieces_equals_diffusers_where_its_pieces_are_the_same(tiny):
     assert relative_error(video, ours.decode(latents, WHOLE)) > 1e-2  # the group norms see another piece
 
 
-@pytest.mark.parametrize("name", ["wan2.1", "wan2.2"])
+@pytest.mark.parametrize("name", [*in_matrix("wan2.1"), "wan2.2"])
 def test_wan_in_tiles_equals_diffusers_where_its_tiles_are_the_same(tiny, name):
     theirs, _, ours = tiny[name]
     ratio = ours.space_ratio
