@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.sharding import NamedSharding, PartitionSpec
 
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
@@ -83,6 +84,13 @@ class SparseState(NamedTuple):
         lead = (None,) if layers else ()
         placed, by_head = sharding.spec(*lead, DATA, HEADS, ROWS), sharding.spec(*lead, DATA)
         return SparseState(placed, placed, placed, by_head, by_head, sharding.spec(), by_head)  # type: ignore[arg-type]
+
+    @staticmethod
+    def shardings(sharding: AttentionSharding, layers: bool = True) -> "SparseState":
+        """The same as NamedShardings: `out_shardings` of a jitted `create`."""
+        is_spec = lambda x: isinstance(x, PartitionSpec)
+        named = lambda spec: NamedSharding(sharding.mesh, spec)
+        return jax.tree.map(named, SparseState.specs(sharding, layers), is_leaf=is_spec)
 
     def check(
         self,

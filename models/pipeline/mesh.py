@@ -91,8 +91,7 @@ def create_states(create: Callable[[], Any], sharding: AttentionSharding | None)
     """A model's states, made where they belong."""
     if sharding is None:
         return create()
-    is_spec = lambda x: isinstance(x, jax.sharding.PartitionSpec)
-    named = jax.tree.map(lambda s: NamedSharding(sharding.mesh, s), SparseState.specs(sharding), is_leaf=is_spec)
+    named = SparseState.shardings(sharding)
     return jax.jit(create, out_shardings=tuple(named for _ in jax.eval_shape(create)))()
 
 

@@ -72,7 +72,8 @@ def test_attention_and_its_state(data: int, heads: int, rows: int, of_model: int
         )
 
     alone = SparseState.create(layout, CONFIG, 2, of_model)
-    spread = jax.jit(lambda: SparseState.create(layout, CONFIG, 2, of_model, sharding=sharding))()
+    create = lambda: SparseState.create(layout, CONFIG, 2, of_model, sharding=sharding)
+    spread = jax.jit(create, out_shardings=SparseState.shardings(sharding, layers=False))()
     for i, kind in enumerate((StepKind.FUSED_SEARCH, StepKind.SPARSE, StepKind.CACHED_SEARCH, StepKind.SPARSE)):
         moved = q * (1 + 0.1 * i)
         expected, alone = jax.jit(functools.partial(step, None, kind))(moved, alone)
