@@ -349,12 +349,11 @@ class VideoPipeline:
         if config.share_cfg_indices and not guided:
             raise ValueError("share_cfg_indices needs classifier-free guidance; this run has one branch")
         config.layer_kinds(StepKind.DENSE, sum(model.stack_sizes()))
-        prompts = len(embeddings.get("prompt_embeds", ()))
-        if self.sharding is not None and prompts:
-            self.sharding.check(config, prompts * (1 + guided), model.config.num_attention_heads)
         fixed = family.fixed_first_frame
         found = check_embeddings(embeddings, model, grid, guided=guided, first_frame=fixed)
         shape = (len(found["prompt_embeds"]), model.config.out_channels, *grid)
+        if self.sharding is not None:
+            self.sharding.check(config, shape[0] * (1 + guided), model.config.num_attention_heads)
         parts = split_steps(tables["timestep"], self.boundary, config.step_kinds())
         return Plan(scheduler, tables, scale, guided, parts, _halves(found, guided), shape)
 
