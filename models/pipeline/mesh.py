@@ -9,11 +9,12 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 
 from adaspa_jax import AttentionSharding, SparseConfig, SparseState
+from adaspa_jax.sharding import DATA, HEADS, ROWS
 from models.checkpoint.registry import PORTS
 
 Weights = Literal["replicated", "sharded"]
 """Whole on every device; or a slice of each on every device, gathered layer by layer as they are used (FSDP)."""
-_AXES = ("data", "heads", "rows")
+_AXES = (DATA, HEADS, ROWS)
 _STACKS = frozenset().union(*(port.stacks for port in PORTS.values()))
 
 
