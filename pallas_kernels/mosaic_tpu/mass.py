@@ -66,14 +66,17 @@ def _kernel(
         if used < sums.shape[0]:
             sums[used:, :] = jnp.zeros((sums.shape[0] - used, queries), jnp.float32)
 
-        def strip(i: Array, total: Array) -> Array:
-            # Strip by strip: all at once the compiler spills more than VMEM holds of a long video.
-            keys = pl.ds(pl.multiple_of(i * _LANES, _LANES), _LANES)
+        def strip(_: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
+            # Strip by strip: all at once the compiler spills more than VMEM holds of a long video. The counter is our
+            # own: that of a loop between constants is 64 bits wide under jax_enable_x64.
+            start, total = carry
+            keys = pl.ds(pl.multiple_of(start, _LANES), _LANES)
             weighted = (sums[keys, :] * weight[...]).T
             mass[:, keys] = weighted.reshape(queries // block_q, block_q, _LANES).sum(1)
-            return total + sums[keys, :].sum(0, keepdims=True)
+            return start + np.int32(_LANES), total + sums[keys, :].sum(0, keepdims=True)
 
-        row_sum[...] = lax.fori_loop(np.int32(0), np.int32(sums.shape[0] // _LANES), strip, jnp.zeros_like(row_sum))
+        strips = sums.shape[0] // _LANES
+        _, row_sum[...] = lax.fori_loop(0, strips, strip, (np.int32(0), jnp.zeros_like(row_sum)))
 
 
 def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
