@@ -72,10 +72,13 @@ def _unusual_parts(checkpoint: Path, index: dict[str, Any], left_out: set[str], 
     return parts
 
 
-def load_encoders(checkpoint: Path, *, image: bool, dtype: str = "float32", device: str | None = None) -> Any:
+def load_encoders(
+    checkpoint: Path, *, image: bool, last_image: bool = False, dtype: str = "float32", device: str | None = None
+) -> Any:
     """The diffusers pipeline of a folder with its text encoders, and with VAE and image encoder for an `image`.
 
-    Raises CheckpointError for a folder or class that cannot be used, ImportError, saying what to install, without the
+    Raises CheckpointError for a folder or class that cannot be used, ValueError for a `last_image` that it has no place
+    for or that it needs, ImportError, saying what to install, without the
     `torch` extra. `dtype` is that of the text encoders: VAE and image encoder are float32, as in the models' own
     examples. No pickle is run: .bin files are read with `weights_only`.
     """
@@ -91,6 +94,8 @@ def load_encoders(checkpoint: Path, *, image: bool, dtype: str = "float32", devi
         raise CheckpointError(f"{checkpoint} is a {name}, which takes no --image; leave it out")
     if not image and name == "HunyuanVideoImageToVideoPipeline":
         raise CheckpointError(f"{checkpoint} is a {name}, whose text encoder sees the image; give --image")
+    if image:
+        check_last_image(*stored_family(checkpoint), last_image)
     try:
         import diffusers
         import torch
@@ -186,6 +191,11 @@ def read_picture(path: Path, option: str = "--image") -> Any:
         raise ValueError(f"{option} {path} cannot be read as a picture ({error}); give a PNG or JPEG file") from error
 
 
+def default_size(checkpoint: Path) -> VideoSize:
+    """The video that a checkpoint makes where no size is given."""
+    return stored_family(checkpoint)[0].size
+
+
 def video_size(family: Family, model: VideoTransformer, size: tuple[int | None, int | None, int | None]) -> VideoSize:
     """The video that frames, height and width ask for; None: the model's own. ValueError if it cannot make that."""
     given = {name: n for name, n in zip(("frames", "height", "width"), size, strict=True) if n is not None}
@@ -198,7 +208,7 @@ def video_size(family: Family, model: VideoTransformer, size: tuple[int | None, 
     return wanted
 
 
-def check_last_image(family: Family, model: VideoTransformer, size: VideoSize, given: bool) -> None:
+def check_last_image(family: Family, model: VideoTransformer, given: bool) -> None:
     """ValueError for a last image that the model has no place for, and for one that it needs and is not given."""
     config = model.config
     between = isinstance(config, WanConfig) and config.in_channels > config.out_channels and not family.frame_tokens
@@ -209,8 +219,6 @@ def check_last_image(family: Family, model: VideoTransformer, size: VideoSize, g
         raise ValueError(f"this {family.name} has no place for a --last-image; leave it out")
     if not given and between and clip and two:
         raise ValueError(f"this {family.name} is made for a first and a last frame; give --last-image too")
-    if given and size.frames < 2:
-        raise ValueError(f"--frames {size.frames} is too few for a first and a last image; give at least 5")
 
 
 def encode(
@@ -231,10 +239,11 @@ def encode(
     last = None if last_image is None else read_picture(last_image, "--last-image")
     wanted = None
     if image is not None:
-        described = stored_family(checkpoint)
-        wanted = video_size(*described, size)
-        check_last_image(*described, wanted, last is not None)
-    pipe = load_encoders(checkpoint, image=image is not None, dtype=dtype)
+        own = all(n is None for n in size)
+        wanted = default_size(checkpoint) if own else video_size(*stored_family(checkpoint), size)
+        if last is not None and wanted.frames < 2:
+            raise ValueError(f"--frames {wanted.frames} is too few for a first and a last image; give at least 5")
+    pipe = load_encoders(checkpoint, image=image is not None, last_image=last is not None, dtype=dtype)
     import torch
 
     family = PIPELINES[type(pipe).__name__]

@@ -10,6 +10,7 @@ blocks.png. Exit code 1: the latents are not finite; 2: anything else that is no
 """
 
 import logging
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,14 +20,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from models.commands.cli import run_cli
 from models.commands.files import results
+from models.commands.hosts import is_first, join, stderr
 from models.commands.options import DENSE, WORDS, is_given, refuse
 
-console = Console(stderr=True)
 _DTYPES = ("float32", "bfloat16")
 _WEIGHTS = ("replicated", "sharded")
 
 
-def timed(name: str, steps: int, sample: Any, **options: Any) -> Any:
+def timed(console: Console, name: str, steps: int, sample: Any, **options: Any) -> Any:
     """One run with a progress bar over its steps."""
     columns = (TextColumn(name.ljust(7)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console) as bar:
@@ -65,6 +66,8 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError(f"--weights {given['weights']} must be one of {', '.join(_WEIGHTS)}")
     if given["weights"] is not None and given["mesh"] is None:
         raise ValueError(f"--weights {given['weights']} is for several devices; give --mesh, or leave it out")
+    if given["distributed"] and given["mesh"] is None:
+        raise ValueError("--distributed is for several hosts, whose devices are one mesh: give --mesh, auto for all")
     check_seed(given["seed"])
     VideoSize(*(1 if given[name] is None else given[name] for name in ("frames", "height", "width")))
     SparseConfig.preset(given["preset"] or "balanced", **_changes(given))
@@ -112,6 +115,9 @@ def main(
     weights: Annotated[
         str | None, typer.Option(help="on the mesh: replicated or sharded (less memory); default: replicated")
     ] = None,
+    distributed: Annotated[
+        bool, typer.Option("--distributed", help="the mesh is of several hosts, and all of them run this command")
+    ] = False,
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
     ] = False,
@@ -145,7 +151,10 @@ def main(
     words = takes_words(checkpoint)
     if words:
         refuse(given, WORDS)
-    with results(out) as found:
+    if distributed:
+        join()
+    console = stderr()
+    with results(out) if is_first() else nullcontext() as found:
         if words:
             runs = Runs.of_words(checkpoint, prompt, options)
         else:
@@ -155,7 +164,7 @@ def main(
             console.print(f"sampling on {sharding.mesh.size} devices: {sizes}", highlight=False)
         samples = {}
         for name in ["dense"] * (dense or compare) + ["AdaSpa"] * (not dense):
-            samples[name] = timed(name, runs.config.steps, runs.sample, dense=name == "dense")
+            samples[name] = timed(console, name, runs.config.steps, runs.sample, dense=name == "dense")
             runs.keep(found, samples)
         report = runs.show(found, samples)
     console.print(f"{summary(report)}\nwrote {out}", highlight=False)

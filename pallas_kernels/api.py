@@ -5,7 +5,9 @@ dtype, LSE is the natural logarithm. ValueError means the caller is wrong, NotIm
 implementation cannot serve the call; nothing falls back in silence.
 """
 
-from typing import Any
+import dataclasses
+from types import ModuleType
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,9 @@ from jax import Array
 from pallas_kernels.blocks import block_count
 from pallas_kernels.calls import DenseCall, MassCall, SparseCall
 from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.whole import check_whole
 
+_Call = TypeVar("_Call", DenseCall, MassCall, SparseCall)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -40,6 +44,14 @@ def _check_block(**blocks: int) -> None:
 def _check_integers(name: str, x: Array, shape: tuple[int, ...], meaning: str) -> None:
     if x.shape != shape or not jnp.issubdtype(x.dtype, jnp.integer):
         raise ValueError(f"{name} must be integers {meaning} = {list(shape)}; got {x.dtype}{list(x.shape)}")
+
+
+def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleType, _Call]:
+    """The implementation that runs a call, and the call, refused where XLA would gather the operands of a kernel."""
+    name, module = choose(implementation, call.request)
+    if name not in ("xla", "reference") and not call.interpret:
+        call = dataclasses.replace(call, q=check_whole(call.q, f"{call.request.kernel} of {name}"))
+    return module, call
 
 
 def _scale(q: Array, scale: float | None) -> float:
@@ -88,7 +100,7 @@ def flash_attention(
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
     call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret)
-    _, module = choose(implementation, call.request)
+    module, call = _served(implementation, call)
     with jax.named_scope("flash_attention"):
         out, lse = module.flash_attention(call)
     return (out, lse) if return_lse else out
@@ -141,7 +153,7 @@ def block_mass(
         if valid is not None:
             _check_integers(label, valid, (x.shape[0], block_count(x.shape[2], block)), "[B, blocks]")
     call = MassCall(q, k, lse, _scale(q, scale), block_q, block_k, block_valid, query_valid, interpret)
-    _, module = choose(implementation, call.request)
+    module, call = _served(implementation, call)
     with jax.named_scope("block_mass"):
         mass, row_sum = module.block_mass(call)
     return (mass, row_sum) if return_row_sum else mass
@@ -197,7 +209,7 @@ def block_sparse_attention(
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
     call = SparseCall(q, k, v, indices, counts, _scale(q, scale), block_q, block_k, block_valid, interpret)
-    _, module = choose(implementation, call.request)
+    module, call = _served(implementation, call)
     with jax.named_scope("block_sparse_attention"):
         out, lse = module.block_sparse_attention(call)
     return (out, lse) if return_lse else out

@@ -17,56 +17,26 @@ import jax.numpy as jnp
 import typer
 from flax import nnx
 
-from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention, denoise
+from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention
 from adaspa_jax.search import select_blocks
+from benchmarks.full_size import LATENTS, TEXT, create, operands, program
 from benchmarks.measure import device, seconds
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from models.schedulers import FlowMatchEuler
-from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
-
-LATENTS, TEXT = (33, 90, 160), 256
-
-
-def operands(config: HunyuanVideoConfig) -> dict[str, Any]:
-    """Keyword arguments of one forward pass, less the timestep."""
-    keys = jax.random.split(jax.random.key(0), 3)
-    return {
-        "hidden_states": jax.random.normal(keys[0], (1, config.in_channels, *LATENTS), jnp.bfloat16),
-        "encoder_hidden_states": jax.random.normal(keys[1], (1, TEXT, config.text_embed_dim), jnp.bfloat16),
-        "encoder_attention_mask": jnp.ones((1, TEXT), jnp.int32),
-        "pooled_projections": jax.random.normal(keys[2], (1, config.pooled_projection_dim), jnp.bfloat16),
-        "guidance": jnp.full((1,), 6000.0),
-    }
+from models.transformers.hunyuan_video import HunyuanVideoTransformer
 
 
 def sample(model: HunyuanVideoTransformer, config: SparseConfig, dense: bool) -> dict[str, Any]:
     """Seconds of the sampling scan, compile time apart."""
     graph, weights = nnx.split(model)
-    given, scheduler = operands(model.config), FlowMatchEuler()
+    given = operands(model.config)
     noise = given.pop("hidden_states").astype(jnp.float32)
-
-    def run(weights: Any, noise: jax.Array, given: dict[str, Any], state: Any) -> Any:
-        model = nnx.merge(graph, weights)
-
-        def predict(latents: jax.Array, row: dict[str, jax.Array], state: Any, kind: jax.Array) -> Any:
-            made = model(
-                hidden_states=latents.astype(jnp.bfloat16),
-                timestep=row["timestep"][None],
-                config=config,
-                state=None if dense else state,
-                step_kind=StepKind.DENSE if dense else kind,
-                **given,
-            )
-            return (made, state) if dense else made
-
-        return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)[0]
-
     state = () if dense else model.init_state(config, 1, LATENTS, TEXT)
+    run = program(graph, config, dense=dense)
     begun = time.perf_counter()
     compiled = jax.jit(run).lower(weights, noise, given, state).compile()
     compiled_at = time.perf_counter()
-    latents = jax.block_until_ready(compiled(weights, noise, given, state))
+    latents, _ = jax.block_until_ready(compiled(weights, noise, given, state))
     took = time.perf_counter() - compiled_at
     if not bool(jnp.isfinite(latents).all()):
         raise FloatingPointError("the sampled latents are not finite")
@@ -117,10 +87,7 @@ def main(
     if jax.default_backend() != "gpu":
         raise ValueError("no GPU here: run on a GPU machine")
     config = SparseConfig(block_size=block_size, steps=steps)
-    create = lambda: HunyuanVideoTransformer(
-        HunyuanVideoConfig(num_layers=layers[0], num_single_layers=layers[1]), dtype=jnp.bfloat16, rngs=nnx.Rngs(0)
-    )
-    model = nnx.jit(create)()
+    model = nnx.jit(lambda: create(layers))()
     split = attention_split(model, config)
     print({name: f"{1e3 * s:.2f} ms" for name, s in split.items()}, flush=True)
     runs = []

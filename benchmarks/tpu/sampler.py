@@ -16,14 +16,13 @@ import jax.numpy as jnp
 import typer
 from flax import nnx
 
-from adaspa_jax import SparseConfig, denoise
-from benchmarks.gpu.sampler import LATENTS, TEXT, operands
+from adaspa_jax import SparseConfig
+from benchmarks.full_size import LATENTS, TEXT, create, operands, program
 from benchmarks.table import show
 from benchmarks.tpu import static
 from benchmarks.tpu.schedule import CHIPS
 from models.commands.cli import run_cli
-from models.schedulers import FlowMatchEuler
-from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
+from models.transformers.hunyuan_video import HunyuanVideoConfig
 
 # Read when the compiler is loaded: dumps of this many operations would take minutes.
 os.environ.pop("LIBTPU_INIT_ARGS", None)
@@ -32,30 +31,11 @@ os.environ.pop("LIBTPU_INIT_ARGS", None)
 def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, steps: int = 50) -> dict[str, Any]:
     """Memory of the compiled sampler [GiB] and seconds of its compilation."""
     config = SparseConfig(block_size=block_size, steps=steps)
-    sizes = HunyuanVideoConfig(num_layers=layers[0], num_single_layers=layers[1])
-    create = lambda: HunyuanVideoTransformer(sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0))
-    graph, weights = nnx.split(nnx.eval_shape(create))
-    given = jax.eval_shape(lambda: operands(sizes))
+    graph, weights = nnx.split(nnx.eval_shape(lambda: create(layers)))
+    given = jax.eval_shape(lambda: operands(HunyuanVideoConfig()))
     noise = jax.ShapeDtypeStruct(given.pop("hidden_states").shape, jnp.float32)
-    state = jax.eval_shape(lambda: create().init_state(config, 1, LATENTS, TEXT))
-    scheduler = FlowMatchEuler()
-
-    def run(weights: Any, noise: jax.Array, given: dict[str, Any], state: Any) -> Any:
-        model = nnx.merge(graph, weights)
-
-        def predict(latents: jax.Array, row: dict[str, jax.Array], state: Any, kind: jax.Array) -> Any:
-            return model(
-                hidden_states=latents.astype(jnp.bfloat16),
-                timestep=row["timestep"][None],
-                config=config,
-                state=state,
-                step_kind=kind,
-                implementation="mosaic_tpu",
-                **given,
-            )
-
-        return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)[0]
-
+    state = jax.eval_shape(lambda: create(layers).init_state(config, 1, LATENTS, TEXT))
+    run = program(graph, config, implementation="mosaic_tpu")
     begun = time.perf_counter()
     lowered = static.lower(run, [weights, noise, given, state], static.chip_mesh(chip))
     kernels = lowered.as_text().count("tpu_custom_call")

@@ -15,6 +15,7 @@ WORDS = {
     "true_cfg": "this checkpoint was trained without guidance",
     "dynamic_guidance": "this checkpoint was trained without guidance",
     "mesh": "this checkpoint is small and samples on one device",
+    "distributed": "this checkpoint is small and samples on one device",
     "weights": "this checkpoint is small and samples on one device",
     "share_cfg_indices": "this checkpoint was trained without guidance, so there are no two branches",
 }

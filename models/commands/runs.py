@@ -7,13 +7,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from rich.console import Console
+from jax.sharding import Mesh
 from rich.progress import Progress
 
 from adaspa_jax import AttentionSharding, SparseConfig, draw_blocks
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.commands import files
 from models.commands.files import Results
+from models.commands.hosts import stderr
 from models.commands.media import require, write_runs
 from models.commands.options import LATENTS, refuse
 from models.commands.report import distance, fields_of, write_report
@@ -102,7 +103,7 @@ class Runs:
             from models.vae.decoding import check_decoder
 
             check_decoder(vae, described.experts[0].config.out_channels, options.follow_links)
-        with Progress(console=Console(stderr=True), transient=True) as bar:
+        with Progress(console=stderr(), transient=True) as bar:
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
             links = options.follow_links
@@ -160,15 +161,16 @@ class Runs:
         size = dataclasses.asdict(self.size) | {"fps": family.fps, "model": family.name}
         return fields_of(self.prompts, self.seed, self.config, runs) | size
 
-    def keep(self, results: Results, runs: dict[str, LatentSample]) -> None:
+    def keep(self, results: Results | None, runs: dict[str, LatentSample]) -> None:
         """Latents and report of the runs so far, in OUT for good: whatever fails later, they are not sampled again.
 
-        Raises FloatingPointError if the latents of one are not finite.
+        `results` None: on a host that writes nothing. Raises FloatingPointError if the latents of one are not finite.
         """
         saved = self.saved(runs)
-        write_latents(results.stage / files.LATENTS, saved)
-        write_report(results.stage / files.REPORT, self.fields(runs))
-        results.publish()
+        if results is not None:
+            write_latents(results.stage / files.LATENTS, saved)
+            write_report(results.stage / files.REPORT, self.fields(runs))
+            results.publish()
         if broken := broken_runs(saved.runs):
             share = 1 - np.isfinite(saved.runs[broken[0]]).mean()
             raise FloatingPointError(
@@ -182,12 +184,19 @@ class Runs:
         latents = {name: run.latents for name, run in runs.items()}
         return SavedLatents(latents, self.prompts, family.fps, family.skip_frames)
 
-    def show(self, results: Results, runs: dict[str, LatentSample]) -> dict[str, Any]:
-        """Videos, if there is a VAE, and pictures, each in OUT as soon as it is whole; returns the report."""
-        fields = self.fields(runs)
+    def show(self, results: Results | None, runs: dict[str, LatentSample]) -> dict[str, Any]:
+        """Videos, if there is a VAE, and pictures, each in OUT as soon as it is whole; returns the report.
+
+        `results` as for `keep`: all hosts decode.
+        """
+        fields, saved, videos = self.fields(runs), self.saved(runs), {}
+        sharding = self.pipeline.sharding
         if self.shown:
-            saved = self.saved(runs)
-            videos = decode_runs(self.vae, saved, follow_links=self.follow_links)
+            mesh = None if sharding is None else sharding.mesh
+            videos = decode_runs(self.vae, saved, follow_links=self.follow_links, mesh=mesh)
+        if results is None:
+            return fields
+        if videos:
             write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)
             results.publish()
             fields |= distance(videos)
@@ -201,9 +210,16 @@ class Runs:
 
 
 def decode_runs(
-    vae: Path | None, saved: SavedLatents, dtype: str = "float32", *, follow_links: bool = False
+    vae: Path | None,
+    saved: SavedLatents,
+    dtype: str = "float32",
+    *,
+    follow_links: bool = False,
+    mesh: Mesh | None = None,
 ) -> dict[str, np.ndarray]:
     """float32 videos [B, 3, F, H, W] in [-1, 1] of each run, with a progress bar; `vae` None: the latents are pixels.
+
+    All devices of `mesh` decode.
 
     Raises ValueError for latents that are not finite, FloatingPointError for such videos.
     """
@@ -216,11 +232,11 @@ def decode_runs(
     from models.vae.decoding import decode_latents
 
     videos = {}
-    with Progress(console=Console(stderr=True)) as bar:
+    with Progress(console=stderr()) as bar:
         for name, values in saved.runs.items():
             task = bar.add_task(f"decoding {name}", total=None)
             done = lambda count, total, task=task: bar.update(task, completed=count, total=total)
-            video = decode_latents(vae, values, dtype=dtype, progress=done, follow_links=follow_links)
+            video = decode_latents(vae, values, dtype=dtype, progress=done, follow_links=follow_links, mesh=mesh)
             videos[name] = video[:, :, saved.skip_frames :]
     if broken := broken_runs(videos):
         raise FloatingPointError(

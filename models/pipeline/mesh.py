@@ -14,17 +14,21 @@ from models.checkpoint.registry import PORTS
 
 Weights = Literal["replicated", "sharded"]
 """Whole on every device; or a slice of each on every device, gathered layer by layer as they are used (FSDP)."""
-_AXES = (DATA, HEADS, ROWS)
+_AXES = (DATA, ROWS, HEADS)
 _STACKS = frozenset().union(*(port.stacks for port in PORTS.values()))
 
 
 def make_mesh(data: int = 1, heads: int = 1, rows: int = 1, devices: Any = None) -> Mesh:
-    """A mesh with the axes of `AttentionSharding`, over the first devices. ValueError if there are too few."""
+    """A mesh with the axes of `AttentionSharding`, over the first devices, the heads on neighbours.
+
+    ValueError if there are too few, or only some of those of several hosts.
+    """
     devices, count = jax.devices() if devices is None else devices, data * heads * rows
     if count > len(devices):
         raise ValueError(f"data={data}, heads={heads}, rows={rows} needs {count} devices; there are {len(devices)}")
-    grid = np.array(devices[:count]).reshape(data, heads, rows)
-    return Mesh(grid, _AXES, axis_types=(AxisType.Auto,) * 3)
+    if len({device.process_index for device in devices}) > 1 and count < len(devices):
+        raise ValueError(f"data={data}, heads={heads}, rows={rows} must take all {len(devices)} devices of the hosts")
+    return jax.make_mesh((data, rows, heads), _AXES, (AxisType.Auto,) * 3, devices=devices[:count])
 
 
 def parse_mesh(text: str, heads: int, batch: int, config: SparseConfig, devices: Any = None) -> Mesh:
@@ -85,7 +89,7 @@ def gather_small(weights: Any, sharding: AttentionSharding) -> Any:
 
 def put(x: Any, sharding: AttentionSharding | None) -> jax.Array:
     """An array of the host on every device."""
-    return jax.numpy.asarray(x) if sharding is None else jax.device_put(x, sharding.named())
+    return jax.numpy.asarray(x) if sharding is None else jax.device_put(np.asarray(x), sharding.named())
 
 
 def create_states(create: Callable[[], Any], sharding: AttentionSharding | None) -> Any:

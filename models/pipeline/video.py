@@ -18,16 +18,17 @@ from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenL
 from models import schedulers
 from models.checkpoint.loading import describe, expert_folders, from_pretrained
 from models.checkpoint.safetensors_folder import read_json
-from models.pipeline.embeddings import NEGATIVE, Embeddings, check_embeddings
+from models.pipeline.embeddings import Embeddings, check_embeddings
 from models.pipeline.experts import boundary_ratio
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
 from models.pipeline.mesh import Weights, create_states, for_report, gather_small, placement, put
+from models.pipeline.plan import Plan, branches, initial_noise, split_steps
+from models.pipeline.predict import predict as call
 from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
-from models.schedulers.seeds import check_seed, random_key
+from models.schedulers.seeds import check_seed
 from models.transformers.base import VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
-from models.transformers.hunyuan_video import HunyuanVideoTransformer
 from models.transformers.wan import WanTransformer
 from pallas_kernels import Implementation, resolve_implementation
 
@@ -51,100 +52,6 @@ class LatentSample:
     compile_seconds: float
     implementation: Implementation
     """The kernels that attention ran on."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The steps of one expert."""
-
-    expert: int
-    first: int
-    """Number of its first step, from 0."""
-    kinds: np.ndarray
-    """int32 [steps]: StepKinds."""
-
-
-def split_steps(timesteps: np.ndarray, boundary: float | None, kinds: np.ndarray) -> list[Part]:
-    """The steps of each expert: from `boundary` up the first, below it the second.
-
-    An expert that begins among sparse steps searches in its first: it has seen no attention of its own.
-    """
-    high = len(kinds) if boundary is None else int((timesteps >= boundary).sum())
-    parts = []
-    for expert, (begin, end) in enumerate(((0, high), (high, len(kinds)))):
-        own = kinds[begin:end].copy()
-        sparse = np.flatnonzero(own != StepKind.DENSE)
-        if len(sparse):
-            own[sparse[0]] = StepKind.FUSED_SEARCH
-        if begin < end:
-            parts.append(Part(expert, begin, own))
-    return parts
-
-
-def _halves(embeddings: Embeddings, guided: bool) -> dict[str, np.ndarray]:
-    """What the model reads of [unconditional, conditional], or of the conditional branch alone."""
-    names = [name for name in embeddings if not name.startswith(NEGATIVE)]
-    if not guided:
-        return {name: embeddings[name] for name in names}
-    return {
-        name: np.concatenate([embeddings.get(NEGATIVE + name, embeddings[name]), embeddings[name]]) for name in names
-    }
-
-
-def _noise(shape: tuple[int, ...], seed: int, given: Any) -> Array:
-    """float32 noise of a seed, the same whatever `jax_enable_x64` is, or what is given. ValueError unless it fits."""
-    if given is None:
-        return jax.random.normal(random_key(seed), shape, jnp.float32)
-    noise = jnp.asarray(given, jnp.float32)
-    if noise.shape != shape:
-        raise ValueError(f"noise must be {list(shape)}; got {list(noise.shape)}")
-    if not jnp.isfinite(noise).all():
-        raise ValueError("noise has NaN or infinite values; give finite ones")
-    return noise
-
-
-def _predict(
-    model: VideoTransformer,
-    family: Family,
-    latents: Array,
-    t: Array,
-    given: dict[str, Array],
-    scale: float,
-    **rest: Any,
-) -> Any:
-    """Calls a model on latents [B, C, F, H, W] at timestep t with the embeddings `given`; returns as it does."""
-    batch, dtype = latents.shape[0], model.dtype
-    condition, times = given.get("condition"), jnp.broadcast_to(t, (batch,))
-    if condition is not None and family.fixed_first_frame:
-        latents = jnp.concatenate([condition, latents[:, :, 1:]], axis=2)
-    elif condition is not None:
-        latents = jnp.concatenate([latents, condition], axis=1)
-    inputs: dict[str, Any] = {"encoder_hidden_states": given["prompt_embeds"].astype(dtype)}
-    if isinstance(model, HunyuanVideoTransformer):
-        inputs |= {
-            "encoder_attention_mask": given["prompt_attention_mask"],
-            "pooled_projections": given["pooled_prompt_embeds"].astype(dtype),
-        }
-        if model.config.guidance_embeds:
-            # Multiplied in the model's dtype, as diffusers does: 6016 for 6 in bfloat16.
-            inputs["guidance"] = jnp.full(batch, scale, dtype) * jnp.asarray(1000, dtype)
-    if isinstance(model, WanTransformer):
-        if "image_embeds" in given:
-            image = given["image_embeds"]  # [B, S, E], or [B, 2, S, E] for the model's [2 B, S, E]
-            inputs["encoder_hidden_states_image"] = image.reshape(-1, *image.shape[-2:]).astype(dtype)
-        if family.frame_tokens:
-            grid = model.layout((latents.shape[2], latents.shape[3], latents.shape[4]), 0).grid
-            first = np.arange(np.prod(grid)) < grid[1] * grid[2]
-            clean = condition is not None
-            times = jnp.where(jnp.asarray(first & clean)[None], 0, times[:, None])
-    if isinstance(model, CogVideoXTransformer):
-        times = times.astype(jnp.int32)
-        if model.config.ofs_embed_dim is not None:
-            inputs["ofs"] = jnp.full(1, 2.0, dtype)
-    if not isinstance(model, CogVideoXTransformer):
-        return model(hidden_states=latents.astype(dtype), timestep=times, **inputs, **rest)
-    out = model(hidden_states=latents.swapaxes(1, 2).astype(dtype), timestep=times, **inputs, **rest)
-    return jax.tree.map(lambda x: x.swapaxes(1, 2), out) if rest["state"] is None else (out[0].swapaxes(1, 2), out[1])
 
 
 @dataclass(frozen=True)
@@ -286,7 +193,7 @@ class VideoPipeline:
         """
         model, family, size = self.experts[0], self.family, size or self.family.size
         plan = self.plan(embeddings, config, size=size, guidance=guidance, seed=seed)
-        noise = put(_noise(plan.shape, seed, noise), self.sharding)
+        noise = put(initial_noise(plan.shape, seed, noise), self.sharding)
         given = {name: put(x, self.sharding) for name, x in plan.given.items()}
         count, grid = plan.shape[0], plan.shape[2:]
         text = given["prompt_embeds"].shape[1]
@@ -332,7 +239,7 @@ class VideoPipeline:
         size: VideoSize | None = None,
         guidance: Guidance | None = None,
         seed: int = 0,
-    ) -> "Plan":
+    ) -> Plan:
         """All of a run but its noise and weights, which need not be there. Arguments as for `sample`.
 
         Raises ValueError for a size or a number of steps that the model cannot make, guidance that has no effect on it,
@@ -355,11 +262,11 @@ class VideoPipeline:
         if self.sharding is not None:
             self.sharding.check(config, shape[0] * (1 + guided), model.config.num_attention_heads)
         parts = split_steps(tables["timestep"], self.boundary, config.step_kinds())
-        return Plan(scheduler, tables, scale, guided, parts, _halves(found, guided), shape)
+        return Plan(scheduler, tables, scale, guided, parts, branches(found, guided), shape)
 
     def _program(
         self,
-        plan: "Plan",
+        plan: Plan,
         config: SparseConfig,
         dense: bool,
         progress: Progress | None,
@@ -377,10 +284,10 @@ class VideoPipeline:
                 model = nnx.merge(graphs[expert], own)
 
                 def predict(latents: Array, row: dict[str, Array], state: Any, kind: Any) -> Any:
-                    branches = jnp.concatenate([latents, latents]) if guided else latents
+                    both = jnp.concatenate([latents, latents]) if guided else latents
                     how = {"state": None, "step_kind": StepKind.DENSE} if dense else {"state": state, "step_kind": kind}
                     how |= {"config": config, "implementation": implementation, "sharding": sharding}
-                    out = _predict(model, family, branches, row["timestep"], given, plan.scale, **how)
+                    out = call(model, family, both, row["timestep"], given, plan.scale, **how)
                     out, state = (out, state) if dense else out
                     if guided:
                         unconditional, conditional = jnp.split(out, 2)
@@ -405,21 +312,3 @@ class VideoPipeline:
             return everywhere(latents), states, everywhere(histories)
 
         return run
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What a run is, but for its noise and weights."""
-
-    scheduler: Any
-    tables: dict[str, np.ndarray]
-    """The scheduler's, and `guidance`, the scale of classifier-free guidance."""
-    scale: float
-    """Embedded in the model."""
-    guided: bool
-    """Two branches, the unconditional first."""
-    parts: list[Part]
-    given: dict[str, np.ndarray]
-    """Embeddings of both branches, one behind the other, or of the conditional one alone."""
-    shape: tuple[int, int, int, int, int]
-    """Of the latents, [B, C, F, H, W]."""

@@ -1,113 +1,24 @@
-"""What the VAE decoders share: configs, convolutions, and decoding in tiles, with memory bounded by one of them."""
+"""What the VAE decoders share: configs, convolutions, and decoding in pieces, one at a time on each device."""
 
 import dataclasses
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from functools import partial
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array, lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from models.transformers.layers import channels
+from models.vae.tiling import Tiling, Window, space_windows
 
 Progress = Callable[[int, int], None]
-"""Called with (pieces decoded, pieces in all) after each piece."""
-
-
-@dataclass(frozen=True)
-class Tiling:
-    """How decoding is cut up, in pixels and frames of the video; the defaults are diffusers'.
-
-    Larger tiles are faster and closer to decoding at once, and take more memory. Raises ValueError for strides that
-    leave gaps.
-    """
-
-    size: int = 256
-    """Height and width of a tile; at least the video's: no tiles in space."""
-    stride: int = 192
-    """From one tile to the next; what they overlap in is blended."""
-    frames: int = 16
-    """Of one piece in time. HunyuanVideo: one more, the first; at least the video's: all at once."""
-    frame_stride: int = 12
-    """HunyuanVideo only: Wan's pieces in time join exactly, with no overlap."""
-
-    def __post_init__(self) -> None:
-        for length, stride in ((self.size, self.stride), (self.frames, self.frame_stride)):
-            if not 0 < stride <= length:
-                raise ValueError(f"{stride=} must be positive and at most the tile's {length}; got {self}")
-
-
-WHOLE = Tiling(1 << 30, 1 << 30, 1 << 30, 1 << 30)
-"""Everything at once: for short, small videos."""
-
-
-class Window(NamedTuple):
-    """One tile along one axis."""
-
-    latents: slice
-    samples: slice
-    weight: np.ndarray
-    """float32 [samples]: of this tile where it is blended with others; these add up to 1."""
-
-
-def _ramps(spans: list[tuple[int, int]], blend: int) -> list[np.ndarray]:
-    """float32 weight of each span of samples; linear over `blend` samples in the middle of each overlap."""
-    ups = [np.ones(stop - start) for start, stop in spans]
-    for (_, before), (start, stop), up in zip(spans, spans[1:], ups[1:], strict=False):
-        first = start + (before - start - blend) // 2
-        up[:] = ((np.arange(start, stop) - first) / blend).clip(0, 1) if blend else np.arange(start, stop) >= first
-    weights = []
-    for k, ((start, stop), weight) in enumerate(zip(spans, ups, strict=True)):
-        for (later, _), up in zip(spans[k + 1 :], ups[k + 1 :], strict=True):
-            if later < stop:
-                weight[later - start :] *= 1 - up[: stop - later]
-        weights.append(weight.astype(np.float32))
-    return weights
-
-
-def space_windows(size: int, ratio: int, tiling: Tiling) -> list[Window]:
-    """Tiles along an axis of `size` latents of `ratio` samples each. All have the same length, so one compiles.
-
-    The last one starts early rather than being short, unlike diffusers', and so sees more context. Raises ValueError
-    for a tiling that `ratio` does not divide.
-    """
-    if tiling.size >= size * ratio:
-        return [Window(slice(0, size), slice(0, size * ratio), np.ones(size * ratio, np.float32))]
-    if tiling.size % ratio or tiling.stride % ratio:
-        raise ValueError(f"{tiling} must have a size and a stride that are multiples of {ratio}")
-    starts = _starts(size, tiling.size // ratio, tiling.stride // ratio)
-    spans = [(start * ratio, start * ratio + tiling.size) for start in starts]
-    return [
-        Window(slice(start, start + tiling.size // ratio), slice(*span), weight)
-        for start, span, weight in zip(starts, spans, _ramps(spans, tiling.size - tiling.stride), strict=True)
-    ]
-
-
-def _starts(size: int, tile: int, stride: int) -> list[int]:
-    return [*range(0, size - tile, stride), size - tile]
-
-
-def time_windows(size: int, ratio: int, tiling: Tiling) -> list[Window]:
-    """Pieces of `size` latent frames, for a decoder whose first latent frame makes one frame and others `ratio`.
-
-    The first frame of a piece that does not begin the video lacks the frames before it: samples leave it out. Raises
-    ValueError for a tiling that `ratio` does not divide.
-    """
-    if tiling.frames + 1 >= ratio * (size - 1) + 1:
-        samples = ratio * (size - 1) + 1
-        return [Window(slice(0, size), slice(0, samples), np.ones(samples, np.float32))]
-    if tiling.frames % ratio or tiling.frame_stride % ratio:
-        raise ValueError(f"{tiling} must have frames and a frame_stride that are multiples of {ratio}")
-    tile = tiling.frames // ratio + 1
-    starts = _starts(size, tile, tiling.frame_stride // ratio)
-    spans = [(ratio * start + (start > 0), ratio * (start + tile - 1) + 1) for start in starts]
-    return [
-        Window(slice(start, start + tile), slice(*span), weight)
-        for start, span, weight in zip(starts, spans, _ramps(spans, tiling.frames - tiling.frame_stride), strict=True)
-    ]
+"""Called with (pieces decoded, pieces in all) as they are done."""
+Step = Callable[[Any, Any], tuple[Array, Any]]
+"""What decodes a wave: (latents [n, C, f, H, W], cache or None) to (pixels [n, 3, f', height, width], cache)."""
 
 
 class VAEConfig:
@@ -176,26 +87,39 @@ class VideoVAE(nnx.Module):
     time_ratio: int
     """Frames of a latent frame but the first, which makes one."""
 
+    def __call__(self, latents: Array, cache: Any = None) -> tuple[Array, Any]:
+        """Unscaled [B, C, F, H, W] to [B, 3, frames, height, width] not clipped, and a cache for the frames behind."""
+        raise NotImplementedError
+
     def unscale(self, latents: Array) -> Array:
         """float32 latents [B, C, F, H, W] of the sampler, as the decoder takes them."""
         raise NotImplementedError
 
+    def _windows(self, frames: int, tiling: Tiling) -> list[Window]:
+        """Windows in time that are decoded each for itself; all have as many latent frames."""
+        raise NotImplementedError
+
     def _pieces(self, frames: int, tiling: Tiling) -> int:
-        """Pieces in time that `_decode_tile` yields."""
-        raise NotImplementedError
+        """Pieces that `_decode_window` yields of a window of so many latent frames."""
+        return 1
 
-    def _decode_tile(
-        self, graph: Any, weights: Any, latents: Array, tiling: Tiling
-    ) -> Iterator[tuple[slice, np.ndarray, Array]]:
-        """Decodes unscaled [1, C, F, H, W]; yields (frames, float32 weight of each, [3, frames, height, width])."""
-        raise NotImplementedError
+    def _decode_window(self, step: Step, latents: np.ndarray, tiling: Tiling) -> Iterator[tuple[int, Array]]:
+        """Decodes a wave of windows [n, C, f, H, W]: (first frame, pixels [n, 3, frames, height, width]) by piece."""
+        yield 0, step(latents, None)[0]
 
-    def decode(self, latents: Array, tiling: Tiling | None = None, progress: Progress | None = None) -> np.ndarray:
+    def decode(
+        self,
+        latents: Array,
+        tiling: Tiling | None = None,
+        progress: Progress | None = None,
+        mesh: Mesh | None = None,
+    ) -> np.ndarray:
         """float32 video [B, 3, time_ratio * (F - 1) + 1, H * space_ratio, W * space_ratio] in [-1, 1], on the host.
 
-        `latents` [B, C, F, H, W] are a sampler's result: their scaling is undone here. Decoded sample by sample and
-        tile by tile, so the device holds one piece at a time; each shape of piece compiles once. Tiling changes the
-        video, near seams most: see the model's class. None: the default `Tiling`; `WHOLE`: none.
+        `latents` [B, C, F, H, W] are a sampler's result: their scaling is undone here. Decoded piece by piece, so a
+        device holds one at a time; each shape of piece compiles once. All devices of `mesh` decode, a piece each, to
+        the same video; None: one. Tiling changes the video, near seams most: see the model's class. None: the default
+        `Tiling`; `WHOLE`: none.
 
         Raises ValueError for latents of another shape and for a tiling that the ratios do not divide.
         """
@@ -204,18 +128,56 @@ class VideoVAE(nnx.Module):
         tiling = tiling or Tiling()
         batch, _, frames, *size = latents.shape
         rows, columns = (space_windows(n, self.space_ratio, tiling) for n in size)
-        done, total = 0, batch * len(rows) * len(columns) * self._pieces(frames, tiling)
-        graph, weights = nnx.split(self)
-        unscaled = self.unscale(jnp.asarray(latents)).astype(self.dtype)
+        times = self._windows(frames, tiling)
+        windows = [(b, t, r, c) for b in range(batch) for t in times for r in rows for c in columns]
+        span = times[0].latents.stop - times[0].latents.start
+        done, total = 0, len(windows) * self._pieces(span, tiling)
+        step, count = self._step(mesh), 1 if mesh is None else mesh.size
+        unscaled = np.asarray(self.unscale(jnp.asarray(latents)).astype(self.dtype))
         height, width = (n * self.space_ratio for n in size)
         video = np.zeros((batch, 3, self.time_ratio * (frames - 1) + 1, height, width), np.float32)
-        for sample, row, column in ((b, r, c) for b in range(batch) for r in rows for c in columns):
-            tile = unscaled[sample : sample + 1, :, :, row.latents, column.latents]
-            weight = row.weight[:, None] * column.weight
-            for span, ramp, pixels in self._decode_tile(graph, weights, tile, tiling):
-                share = np.asarray(pixels, np.float32) * (ramp[:, None, None] * weight)
-                video[sample, :, span, row.samples, column.samples] += share
-                done += 1
+        for begin in range(0, len(windows), count):
+            wave = windows[begin : begin + count]
+            tiles = [unscaled[b, :, t.latents, r.latents, c.latents] for b, t, r, c in wave]
+            tiles += tiles[-1:] * (count - len(wave))
+            for first, pixels in self._decode_window(step, np.stack(tiles), tiling):
+                for window, own in zip(wave, np.asarray(pixels), strict=False):
+                    _blend(video, window, first, own, self.time_ratio * (span - 1) + 1)
+                done += len(wave)
                 if progress is not None:
                     progress(done, total)
         return np.clip(video, -1, 1, out=video)
+
+    def _step(self, mesh: Mesh | None) -> Step:
+        """One piece on every device of the mesh."""
+        graph, weights = nnx.split(self)
+        if mesh is None:
+            return lambda latents, cache: decode_wave(graph, None, weights, latents, cache)
+        weights = jax.device_put(weights, NamedSharding(mesh, PartitionSpec()))
+        return lambda latents, cache: decode_wave(graph, mesh, weights, latents, cache)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def decode_wave(graph: Any, mesh: Mesh | None, weights: Any, latents: Array, cache: Any) -> tuple[Array, Any]:
+    """A piece a device, [n, C, f, H, W], to pixels [n, 3, f', height, width] on all of them; each keeps its cache."""
+    decode = lambda weights, latents, cache: nnx.merge(graph, weights)(latents, cache)
+    if mesh is None:
+        return decode(weights, latents, cache)
+    whole, own = PartitionSpec(), PartitionSpec(mesh.axis_names)
+    wave = jax.shard_map(decode, mesh=mesh, in_specs=(whole, own, own), out_specs=own, check_vma=False)
+    pixels, cache = wave(weights, latents, cache)
+    return lax.with_sharding_constraint(pixels, NamedSharding(mesh, whole)), cache
+
+
+def _blend(video: np.ndarray, window: tuple[int, Window, Window, Window], first: int, pixels: Any, frames: int) -> None:
+    """Adds pixels [3, f, height, width], from frame `first` of a window's `frames`, to [B, 3, F, H, W], weighted."""
+    sample, time, row, column = window
+    # What a window shows later than its first frame is at the end of its frames.
+    skipped = frames - len(time.weight)
+    begin, stop = max(first, skipped), min(first + pixels.shape[1], frames)
+    if begin >= stop:
+        return
+    weight = time.weight[begin - skipped : stop - skipped, None, None] * (row.weight[:, None] * column.weight)
+    span = slice(time.samples.start + begin - skipped, time.samples.start + stop - skipped)
+    share = np.asarray(pixels[:, begin - first : stop - first], np.float32) * weight
+    video[sample, :, span, row.samples, column.samples] += share

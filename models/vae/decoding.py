@@ -7,6 +7,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from models.checkpoint.safetensors_folder import is_finite, read_json
 from models.vae.load import load_vae, vae_folder
@@ -39,11 +40,13 @@ def decode_latents(
     dtype: str = "float32",
     progress: Callable[[int, int], None] | None = None,
     follow_links: bool = False,
+    mesh: Mesh | None = None,
 ) -> np.ndarray:
     """float32 video [B, 3, F', H', W'] in [-1, 1] of latents [B, C, F, H, W], tiled so that memory stays bounded.
 
     `path`: a diffusers `vae/` folder or the pipeline folder around it. `progress` gets the pieces done and in all.
-    `follow_links`: the files of the folder may be links out of it.
+    `follow_links`: the files of the folder may be links out of it. All devices of `mesh` decode; CogVideoX's decoder is
+    PyTorch's and uses none of them.
 
     Raises ValueError for a VAE that cannot be loaded or has other channels and for latents that are not finite,
     ImportError without the `torch` extra for CogVideoX.
@@ -59,4 +62,4 @@ def decode_latents(
     vae = load_vae(folder, dtype=dtype, follow_links=follow_links)
     if latents.ndim != 5 or latents.shape[1] != vae.channels:
         raise ValueError(f"{folder} decodes latents [B, {vae.channels}, F, H, W]; got {list(latents.shape)}")
-    return vae.decode(jnp.asarray(latents), progress=progress)
+    return vae.decode(jnp.asarray(latents), progress=progress, mesh=mesh)

@@ -1,19 +1,17 @@
 """HunyuanVideo's VAE decoder (diffusers `AutoencoderKLHunyuanVideo`)."""
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 from jax import Array
 
 from models.transformers.layers import Linear, channels, silu
-from models.vae.base import Conv, Tiling, VAEConfig, VideoVAE, time_windows, upsample
+from models.vae.base import Conv, VAEConfig, VideoVAE, upsample
+from models.vae.tiling import Tiling, Window, time_windows
 
 
 @dataclass(frozen=True)
@@ -211,12 +209,6 @@ class Decoder(nnx.Module):
         return self.conv_out(silu(self.conv_norm_out(x)))
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode(graph: Any, weights: Any, latents: Array) -> Array:
-    """[1, C, F, H, W] to [3, frames, height, width]."""
-    return nnx.merge(graph, weights)(latents)[0]
-
-
 class HunyuanVideoVAE(VideoVAE):
     """The decoder; attributes are named as diffusers' keys are.
 
@@ -232,21 +224,14 @@ class HunyuanVideoVAE(VideoVAE):
         self.post_quant_conv = Conv(self.channels, self.channels, (1, 1, 1), dtype=dtype, rngs=rngs)
         self.decoder = Decoder(config, dtype=dtype, rngs=rngs)
 
-    def __call__(self, latents: Array) -> Array:
-        """Unscaled [B, C, F, H, W] to [B, 3, 4 * (F - 1) + 1, height, width], at once and not clipped."""
+    def __call__(self, latents: Array, cache: None = None) -> tuple[Array, None]:
+        """Unscaled [B, C, F, H, W] to [B, 3, 4 * (F - 1) + 1, height, width], at once and not clipped; no cache."""
         x = self.decoder(self.post_quant_conv(jnp.moveaxis(latents, 1, -1)))
-        return jnp.moveaxis(x, -1, 1)
+        return jnp.moveaxis(x, -1, 1), None
 
     def unscale(self, latents: Array) -> Array:
         """latents / scaling_factor."""
         return latents.astype(jnp.float32) / self.config.scaling_factor
 
-    def _pieces(self, frames: int, tiling: Tiling) -> int:
-        return len(time_windows(frames, self.time_ratio, tiling))
-
-    def _decode_tile(
-        self, graph: Any, weights: Any, latents: Array, tiling: Tiling
-    ) -> Iterator[tuple[slice, np.ndarray, Array]]:
-        for window in time_windows(latents.shape[2], self.time_ratio, tiling):
-            pixels = _decode(graph, weights, latents[:, :, window.latents])
-            yield window.samples, window.weight, pixels[:, pixels.shape[1] - len(window.weight) :]
+    def _windows(self, frames: int, tiling: Tiling) -> list[Window]:
+        return time_windows(frames, self.time_ratio, tiling)

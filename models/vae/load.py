@@ -13,8 +13,9 @@ from flax import nnx
 from models.checkpoint.formats import prefixes, several_models, under
 from models.checkpoint.safetensors_folder import CheckpointError, Tensor, is_finite, read_json
 from models.checkpoint.weight_files import read_weights
-from models.vae.base import WHOLE, Tiling, VAEConfig, VideoVAE
+from models.vae.base import VAEConfig, VideoVAE
 from models.vae.hunyuan import HunyuanVAEConfig, HunyuanVideoVAE
+from models.vae.tiling import WHOLE, Tiling
 from models.vae.wan import WanVAE, WanVAEConfig
 
 __all__ = ["VAES", "WHOLE", "Tiling", "VideoVAE", "load_vae", "plan_vae", "vae_folder"]

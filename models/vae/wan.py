@@ -3,7 +3,6 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import jax
@@ -13,7 +12,8 @@ from flax import nnx
 from jax import Array
 
 from models.transformers.layers import Linear, channels, silu
-from models.vae.base import Conv, Tiling, VAEConfig, VideoVAE, upsample
+from models.vae.base import Conv, Step, VAEConfig, VideoVAE, upsample
+from models.vae.tiling import Tiling, Window
 
 _MEAN: tuple[float, ...] = (
     *(-0.7571, -0.7089, -0.9113, 0.1075, -0.1745, 0.9653, -0.1517, 1.5508),
@@ -270,13 +270,6 @@ class Decoder(nnx.Module):
         return self.conv_out(silu(self.norm_out(x)), cache)
 
 
-@partial(jax.jit, static_argnums=0)
-def _decode(graph: Any, weights: Any, latents: Array, cache: tuple[Array, ...] | None) -> tuple[Array, Any]:
-    """([1, C, F, H, W], cache) to ([3, frames, height, width], cache)."""
-    pixels, cache = nnx.merge(graph, weights)(latents, cache)
-    return pixels[0], cache
-
-
 class WanVAE(VideoVAE):
     """The decoder; attributes are named as diffusers' keys are.
 
@@ -313,21 +306,21 @@ class WanVAE(VideoVAE):
         """Latent frames of a piece."""
         return max(1, tiling.frames // self.time_ratio)
 
+    def _windows(self, frames: int, tiling: Tiling) -> list[Window]:
+        samples = self.time_ratio * (frames - 1) + 1
+        return [Window(slice(0, frames), slice(0, samples), np.ones(samples, np.float32))]
+
     def _pieces(self, frames: int, tiling: Tiling) -> int:
         return 1 + -(-(frames - 1) // self._chunk(tiling))
 
-    def _decode_tile(
-        self, graph: Any, weights: Any, latents: Array, tiling: Tiling
-    ) -> Iterator[tuple[slice, np.ndarray, Array]]:
+    def _decode_window(self, step: Step, latents: np.ndarray, tiling: Tiling) -> Iterator[tuple[int, Array]]:
         total = latents.shape[2]
         chunk = min(self._chunk(tiling), max(total - 1, 1))
-        pixels, cache = _decode(graph, weights, latents[:, :, :1], None)
-        yield slice(0, 1), np.ones(1, np.float32), pixels
+        pixels, cache = step(latents[:, :, :1], None)
+        yield 0, pixels
         for start in range(1, total, chunk):
             piece = latents[:, :, start : start + chunk]
-            count = piece.shape[2]
             # Frames made up behind the end change none before it, and no other shape compiles.
-            piece = jnp.pad(piece, ((0, 0), (0, 0), (0, chunk - count), (0, 0), (0, 0)))
-            pixels, cache = _decode(graph, weights, piece, cache)
-            first, frames = self.time_ratio * (start - 1) + 1, self.time_ratio * count
-            yield slice(first, first + frames), np.ones(frames, np.float32), pixels[:, :frames]
+            piece = np.pad(piece, ((0, 0), (0, 0), (0, chunk - piece.shape[2]), (0, 0), (0, 0)))
+            pixels, cache = step(piece, cache)
+            yield self.time_ratio * (start - 1) + 1, pixels

@@ -1,5 +1,7 @@
 """The method against adaspa.md: layout, selection, schedule, the attention call and the scan."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,7 @@ from adaspa_jax import (
     head_tiers,
     select_blocks,
 )
+from tests.foreign_dit import HEADS, Euler, ForeignDit
 from tests.matrix import in_matrix
 
 SIDES = st.integers(1, 9)
@@ -254,56 +257,25 @@ def test_misfits_are_value_errors() -> None:
         call(config=SparseConfig(block_size=32))
 
 
-class Euler:
-    """dx = velocity * dt."""
-
-    def init(self, latents):
-        return latents
-
-    latents = init
-
-    def step(self, carry, prediction, row):
-        return carry + row["dt"] * prediction
-
-
 @pytest.mark.parametrize(("sparsity", "dense_layers"), [(0.6, ()), (0.0, ()), (0.6, (0, 1)), *in_matrix((0.0, (0, 1)))])
 def test_a_foreign_dit_plugs_in(sparsity: float, dense_layers: tuple) -> None:
     """Two layers of a DiT of its own, scanned, the state through xs and ys; the sampler is traced once."""
     config = SparseConfig(sparsity=sparsity, block_size=16, steps=6, dense_layers=dense_layers)
-    layout, heads, width, traces = config.layout((4, 6, 5)), 2, 32, []
-    weights = jax.random.normal(jax.random.key(0), (2, 4, width, width)) * 0.12
-
-    def predict(latents, row, state, kind):
-        traces.append(1)
-
-        def layer(x, xs):
-            (wq, wk, wv, wo), state, kind = xs
-            q, k, v = ((x @ w).reshape(*x.shape[:2], heads, -1) for w in (wq, wk, wv))
-            out, state = adaspa_attention(
-                q, k, v, state, StepKind.DENSE if state is None else kind, layout=layout, config=config
-            )
-            return x + out.reshape(x.shape) @ wo, state
-
-        x, state = jax.lax.scan(layer, layout.pack_video(latents), (weights, state, config.layer_kinds(kind, 2)))
-        return layout.unpack_video(x), state
-
-    tables = {"dt": np.full(6, -0.1, np.float32)}
-    noise = jax.random.normal(jax.random.key(1), (1, layout.video_tokens, width))
-    steps: list[int] = []
-    progress = lambda step: steps.append(int(step))
-    sample = jax.jit(lambda x, s: denoise(predict, Euler(), tables, x, s, config, progress=progress))
-    state = SparseState.create(layout, config, 1, heads, layers=2)
-    latents, found, history = sample(noise, state)
-    sample(noise + 1, state)[0].block_until_ready()
+    layout = config.layout((4, 6, 5))
+    dit, steps = ForeignDit(config, layout), []
+    sample = jax.jit(functools.partial(dit.sample, progress=lambda step: steps.append(int(step))))
+    state = SparseState.create(layout, config, 1, HEADS, layers=2)
+    latents, found, history = sample(dit.noise, state)
+    sample(dit.noise + 1, state)[0].block_until_ready()
     jax.effects_barrier()
-    assert len(traces) <= 2  # one trace of the scan body, and one to find its carry
+    assert dit.traces <= 2  # one trace of the scan body, and one to find its carry
     assert sorted(steps) == sorted([*range(1, 7)] * 2)
-    assert history.recall.shape == (6, 2, 1, heads)
+    assert history.recall.shape == (6, 2, 1, HEADS)
     assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, state)
-    dense = jax.jit(lambda x: denoise(predict, Euler(), tables, x, None, config))(noise)[0]
+    dense = jax.jit(lambda x: dit.sample(x, None))(dit.noise)[0]
     if dense_layers or not sparsity:
         np.testing.assert_allclose(latents, dense, atol=1e-5)
     else:
         assert jnp.abs(latents - dense).max() > 1e-3
     with pytest.raises(ValueError, match="3 entries for steps=6"):
-        denoise(predict, Euler(), {"dt": np.zeros(3)}, noise, state, config)
+        denoise(dit.predict, Euler(), {"dt": np.zeros(3)}, dit.noise, state, config)

@@ -23,6 +23,11 @@ from models.pipeline.video import VideoPipeline
 from models.transformers.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.transformers.wan import WanConfig, WanTransformer
+from models.vae.hunyuan import HunyuanVAEConfig, HunyuanVideoVAE
+from models.vae.tiling import Tiling
+from models.vae.wan import WanVAE, WanVAEConfig
+from tests import foreign_dit
+from tests.foreign_dit import ForeignDit
 
 DEVICES = 8
 eight = pytest.mark.skipif(jax.device_count() < DEVICES, reason="test_on_eight_devices starts a process that has them")
@@ -176,6 +181,21 @@ def test_the_whole_sampler(create: Any, mesh: str, weights: Any) -> None:
 
 
 @eight
+def test_a_foreign_dit_on_a_mesh() -> None:
+    """As the README shows it: the state made where it belongs, one more argument of the attention call."""
+    config = dataclasses.replace(CONFIG, steps=6)
+    layout = config.layout((4, 6, 5))
+    sharding = AttentionSharding(jax.make_mesh((1, 4, 2), ("data", "rows", "heads")))
+    make = lambda sharding=None: SparseState.create(layout, config, 1, foreign_dit.HEADS, 2, sharding=sharding)
+    found = []
+    for spread in (None, sharding):
+        out = None if spread is None else SparseState.shardings(spread)
+        dit, state = ForeignDit(config, layout, spread), jax.jit(lambda s=spread: make(s), out_shardings=out)()
+        found.append(jax.jit(dit.sample)(dit.noise, state)[0])
+    np.testing.assert_allclose(found[1], found[0], atol=1e-5)
+
+
+@eight
 def test_what_is_compiled() -> None:
     """Four all-to-alls a layer, q, k, v and out, and nothing gathered but text and heads' recalls."""
     layout = CONFIG.layout((4, 32, 32), text=0)
@@ -191,6 +211,27 @@ def test_what_is_compiled() -> None:
     text = jax.jit(step).lower(shape, shape, shape, state).compile().as_text()
     assert text.count(" all-to-all(") + text.count(" all-to-all-start(") == 4
     assert "all-gather" not in text
+
+
+@eight
+@pytest.mark.parametrize("name", ["HunyuanVideo", "Wan"])
+def test_all_devices_decode(name: str) -> None:
+    """A wave of tiles a time, the last one not full: the video of one device."""
+    scale = {"latents_mean": (0.0,) * 4, "latents_std": (1.0,) * 4}
+    if name == "Wan":
+        vae: Any = WanVAE(
+            WanVAEConfig(base_dim=4, z_dim=4, num_res_blocks=1, **scale), dtype="float32", rngs=nnx.Rngs(0)
+        )
+    else:
+        sizes = {"block_out_channels": (4, 4, 8, 8), "norm_num_groups": 2, "latent_channels": 4, "layers_per_block": 1}
+        vae = HunyuanVideoVAE(HunyuanVAEConfig(**sizes), dtype="float32", rngs=nnx.Rngs(0))
+    latents = np.random.default_rng(0).standard_normal((1, 4, 4, 4, 14), np.float32)
+    tiling, done = Tiling(32, 24, 8, 4), []
+    expected = vae.decode(latents, tiling)
+    got = vae.decode(latents, tiling, lambda *counts: done.append(counts), make_mesh(heads=4, rows=2))
+    np.testing.assert_allclose(got, expected, atol=2e-6)
+    assert [count for count, _ in done] == sorted({count for count, _ in done})
+    assert done[-1][0] == done[-1][1]
 
 
 REFUSED = {
@@ -224,7 +265,7 @@ def test_what_cannot_be_exact_is_refused(case: str) -> None:
 
 @eight
 def test_meshes_by_name() -> None:
-    assert dict(parse_mesh("data=2,heads=4", 8, 2, CONFIG).shape) == {"data": 2, "heads": 4, "rows": 1}
+    assert dict(parse_mesh("data=2,heads=4", 8, 2, CONFIG).shape) == {"data": 2, "rows": 1, "heads": 4}
     assert dict(parse_mesh("auto", 12, 2, CONFIG).shape) == {"data": 2, "heads": 4, "rows": 1}
     assert best_mesh(8, 40, 1, CONFIG) == (1, 8, 1)
     assert best_mesh(8, 6, 1, CONFIG) == (1, 2, 4)

@@ -23,7 +23,7 @@ from safetensors.torch import load_file
 from models import encode_prompt
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.pipeline.embeddings import read_embeddings, read_prompts
-from models.pipeline.families import VideoSize, family_of
+from models.pipeline.families import family_of
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 from models.transformers.wan import WanConfig, WanTransformer
 from tests.models.test_encode_prompt import SIZE, picture, t5, text_pipeline, tokenizer, unipc, wan_i2v
@@ -187,39 +187,39 @@ MODELS = {WanConfig: WanTransformer, HunyuanVideoConfig: HunyuanVideoTransformer
 
 
 @pytest.mark.parametrize(
-    ("config", "options", "index", "frames", "given", "message"),
+    ("config", "options", "index", "given", "message"),
     [
-        (WanConfig, WAN | CLIP, {}, 5, True, "this Wan 2.1 I2V has " + NO_PLACE),
-        (WanConfig, WAN | CLIP, {}, 5, False, None),
-        (WanConfig, WAN | TWO, {}, 5, False, NEEDED),
-        (WanConfig, WAN | TWO, {}, 5, True, None),
-        (WanConfig, WAN | TWO, {}, 1, True, "--frames 1 is too few"),
-        (WanConfig, WAN, {"boundary_ratio": 0.9}, 5, True, None),
-        (WanConfig, WAN, {"boundary_ratio": 0.9}, 5, False, None),
-        (WanConfig, test_wan.SMALL, {}, 5, True, "this Wan 2.1 has " + NO_PLACE),
-        (WanConfig, test_wan.SMALL, {"expand_timesteps": True}, 5, True, "this Wan 2.2 TI2V has " + NO_PLACE),
-        (HunyuanVideoConfig, HUNYUAN, {}, 9, True, "this HunyuanVideo I2V has " + NO_PLACE),
+        (WanConfig, WAN | CLIP, {}, True, "this Wan 2.1 I2V has " + NO_PLACE),
+        (WanConfig, WAN | CLIP, {}, False, None),
+        (WanConfig, WAN | TWO, {}, False, NEEDED),
+        (WanConfig, WAN | TWO, {}, True, None),
+        (WanConfig, WAN, {"boundary_ratio": 0.9}, True, None),
+        (WanConfig, WAN, {"boundary_ratio": 0.9}, False, None),
+        (WanConfig, test_wan.SMALL, {}, True, "this Wan 2.1 has " + NO_PLACE),
+        (WanConfig, test_wan.SMALL, {"expand_timesteps": True}, True, "this Wan 2.2 TI2V has " + NO_PLACE),
+        (HunyuanVideoConfig, HUNYUAN, {}, True, "this HunyuanVideo I2V has " + NO_PLACE),
     ],
 )
 def test_a_last_picture_is_for_models_that_have_a_place_for_it(
-    config: Any, options: Any, index: Any, frames: int, given: bool, message: str | None
+    config: Any, options: Any, index: Any, given: bool, message: str | None
 ) -> None:
     model = nnx.eval_shape(lambda: MODELS[config](config.from_dict(options), rngs=nnx.Rngs(0)))
-    family, size = family_of(model, index), VideoSize(frames, 48, 80)
     with pytest.raises(ValueError, match=re.escape(message)) if message else contextlib.nullcontext():
-        encode_prompt.check_last_image(family, model, size, given)
+        encode_prompt.check_last_image(family_of(model, index), model, given)
 
 
 def test_a_last_picture_is_checked_before_anything_is_loaded(
     image_pipeline: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     _, folder = image_pipeline
-    monkeypatch.setattr(encode_prompt, "load_encoders", None)
+    monkeypatch.setattr(diffusers.WanImageToVideoPipeline, "from_pretrained", None)
     cat, out = folder / "cat.png", tmp_path / "x.safetensors"
     size = {"frames": SIZE.frames, "height": SIZE.height, "width": SIZE.width}
     run = lambda last, image=cat: encode_prompt.main(folder, ["a cat"], image=image, last_image=last, out=out, **size)
     with pytest.raises(ValueError, match=NO_PLACE):
         run(cat)
+    with pytest.raises(ValueError, match="--frames 1 is too few for a first and a last image"):
+        encode_prompt.encode(folder, ["a cat"], None, cat, (1, None, None), "float32", cat)
     with pytest.raises(ValueError, match=r"--last-image .*no\.png does not exist"):
         run(folder / "no.png")
     with pytest.raises(ValueError, match=r"--last-image .*index\.json cannot be read as a picture"):

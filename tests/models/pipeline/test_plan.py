@@ -10,7 +10,8 @@ import pytest
 from adaspa_jax import SparseConfig
 from models.pipeline.families import VideoSize, family_of
 from models.pipeline.guidance import Guidance
-from models.pipeline.video import Plan, VideoPipeline
+from models.pipeline.plan import Plan
+from models.pipeline.video import VideoPipeline
 from models.schedulers import CogVideoXDDIM, FlowMatchEuler
 from models.transformers.cogvideox import CogVideoXConfig, CogVideoXTransformer
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer

@@ -12,7 +12,9 @@ import torch
 from adaspa_jax import SparseConfig, StepKind
 from models.pipeline.embeddings import Embeddings
 from models.pipeline.families import VideoSize
-from models.pipeline.video import Guidance, LatentSample, VideoPipeline, split_steps
+from models.pipeline.guidance import Guidance
+from models.pipeline.plan import split_steps
+from models.pipeline.video import LatentSample, VideoPipeline
 from tests.matrix import in_matrix
 from tests.models.transformers import test_cogvideox, test_hunyuan_video, test_wan
 from tests.models.transformers.ports import reference

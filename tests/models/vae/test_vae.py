@@ -16,11 +16,10 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from models.checkpoint.safetensors_folder import SINGLE, CheckpointError
-from models.vae import hunyuan as vae_hunyuan
-from models.vae import wan as vae_wan
-from models.vae.base import space_windows, time_windows
+from models.vae import base
 from models.vae.cogvideox_torch import decode_with_diffusers
 from models.vae.load import WHOLE, Tiling, abstract_vae, load_vae, plan_vae
+from models.vae.tiling import space_windows, time_windows
 from tests.matrix import in_matrix
 from tests.relative_error import relative_error
 
@@ -108,24 +107,25 @@ def test_wan_in_pieces_of_time_equals_the_whole(tiny, name, all_frames):
     _, _, ours = tiny[name]
     latents = latents_of(1, 4, 6, 3, 3)
     # In one call, which takes no cache at all.
-    whole = np.clip(vae_wan._decode(*nnx.split(ours), ours.unscale(jnp.asarray(latents)), None)[0], -1, 1)
+    graph, weights = nnx.split(ours)
+    whole = np.clip(base.decode_wave(graph, None, weights, ours.unscale(jnp.asarray(latents)), None)[0][0], -1, 1)
     for frames in all_frames:
-        before = vae_wan._decode._cache_size()
+        before = base.decode_wave._cache_size()
         progress = Mock()
         video = ours.decode(latents, Tiling(frames=frames, frame_stride=4), progress)
         pieces = 1 + -(-5 // (frames // 4))
         assert progress.call_args_list == [call(i + 1, pieces) for i in range(pieces)]
         assert relative_error(video[0], whole) < 1e-5
-        assert vae_wan._decode._cache_size() - before <= 2
+        assert base.decode_wave._cache_size() - before <= 2
 
 
 def test_hunyuan_in_pieces_equals_diffusers_where_its_pieces_are_the_same(tiny):
     """Blended in time and width: all but the last pieces, which diffusers cuts short."""
     theirs, _, ours = tiny["hunyuan"]
     latents = latents_of(1, 4, 5, 4, 8)
-    before = vae_hunyuan._decode._cache_size()
+    before = base.decode_wave._cache_size()
     video = ours.decode(latents, Tiling(size=32, stride=16, frames=8, frame_stride=4))
-    assert vae_hunyuan._decode._cache_size() - before == 1
+    assert base.decode_wave._cache_size() - before == 1
     theirs.enable_tiling(32, 32, 8, 16, 16, 4)
     try:
         expected = decode_theirs(theirs, "hunyuan", latents)

@@ -20,13 +20,12 @@ import typer
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import AttentionSharding, SparseConfig, SparseState, StepKind, attend, denoise
-from benchmarks.gpu.sampler import LATENTS, TEXT, operands
+from adaspa_jax import AttentionSharding, SparseConfig, SparseState, StepKind, attend
+from benchmarks.full_size import LATENTS, TEXT, create, operands, program
 from benchmarks.measure import device, seconds
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from models.pipeline.mesh import create_states, gather_small, parse_mesh
-from models.schedulers import FlowMatchEuler
+from models.pipeline.mesh import create_states, parse_mesh
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
 
 SHORT, SHORT_TEXT = (9, 32, 48), 64
@@ -38,30 +37,18 @@ def sampler(
 ) -> tuple[Array, Any, float]:
     """(latents, states, seconds of the scan)."""
     graph, weights = nnx.split(model)
-    given, scheduler = dict(given), FlowMatchEuler()
+    given = dict(given)
     noise = given.pop("hidden_states").astype(jnp.float32)
     place = (lambda tree: tree) if sharding is None else lambda tree: jax.device_put(tree, sharding.named())
     weights, noise, given = place(weights), place(noise), place(given)
-
-    def run(weights: Any, noise: Array, given: dict[str, Array], state: Any) -> Any:
-        own = nnx.merge(graph, weights if sharding is None else gather_small(weights, sharding))
-
-        def predict(latents: Array, row: dict[str, Array], state: Any, kind: Array) -> Any:
-            how = {"state": None, "step_kind": StepKind.DENSE} if dense else {"state": state, "step_kind": kind}
-            how |= {"config": config, "sharding": sharding}
-            out = own(hidden_states=latents.astype(own.dtype), timestep=row["timestep"][None], **given, **how)
-            out, state = (out, state) if dense else out
-            return (out if sharding is None else sharding.replicated(out)), state
-
-        return denoise(predict, scheduler, scheduler.tables(config.steps), noise, state, config)[:2]
-
     size, text = noise.shape[2:], given["encoder_hidden_states"].shape[1]
     create = lambda: model.init_state(config, 1, size, text, False, sharding)
-    state = () if dense else create_states(create, sharding)
-    compiled = jax.jit(run).lower(weights, noise, given, state).compile()
+    states = () if dense else create_states(create, sharding)
+    run = program(graph, config, dense=dense, sharding=sharding)
+    compiled = jax.jit(run).lower(weights, noise, given, states).compile()
     begun = time.perf_counter()
-    latents, state = jax.block_until_ready(compiled(weights, noise, given, state))
-    return latents, state, time.perf_counter() - begun
+    latents, states = jax.block_until_ready(compiled(weights, noise, given, states))
+    return latents, states, time.perf_counter() - begun
 
 
 def parts(config: SparseConfig, sharding: AttentionSharding | None) -> dict[str, float]:
@@ -127,8 +114,7 @@ def main(
     config = SparseConfig(block_size=block_size, steps=steps, recall_threshold=0.0)
     sharding = AttentionSharding(parse_mesh(mesh, 24, 1, config))
     count = sharding.mesh.size
-    sizes = HunyuanVideoConfig(num_layers=layers[0], num_single_layers=layers[1])
-    model = nnx.jit(lambda: HunyuanVideoTransformer(sizes, dtype=jnp.bfloat16, rngs=nnx.Rngs(0)))()
+    model = nnx.jit(lambda: create(layers))()
     rows: list[dict[str, Any]] = []
     pieces = [parts(config, s) for s in (None, sharding)]
     for name in pieces[1]:
@@ -138,7 +124,7 @@ def main(
         )
         print(rows[-1], flush=True)
     for dense in (True, False):
-        given = operands(sizes)
+        given = operands(model.config)
         first, _, one = sampler(model, given, config, None, dense)
         second, states, many = sampler(model, given, config, sharding, dense)
         apart = float(jnp.linalg.norm(second - jax.device_put(first, sharding.named())) / jnp.linalg.norm(second))

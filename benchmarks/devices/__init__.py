@@ -1,0 +1,1 @@
+"""`python -m benchmarks.devices`, and what compilers and paper say of machines that are not there."""
