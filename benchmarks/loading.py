@@ -8,7 +8,6 @@ in the system's cache, so that MB/s is the work of reading, transposing and chec
 """
 
 import json
-import math
 import os
 import subprocess
 import sys
@@ -16,13 +15,10 @@ import tempfile
 from pathlib import Path
 from typing import Annotated, Any
 
-import ml_dtypes
-import numpy as np
 import typer
 
+from benchmarks.synthetic import write_transformer
 from benchmarks.table import show, write_json
-from models.checkpoint.registry import PORTS
-from models.checkpoint.safetensors_folder import SINGLE
 from models.commands.cli import run_cli
 
 ROOT = Path(__file__).parent.parent
@@ -56,38 +52,6 @@ print(json.dumps({"seconds": seconds, "peak": memory("VmHWM"), "idle": idle}))
 """
 
 
-def torch_shapes(layers: int) -> dict[str, tuple[int, ...]]:
-    """Shapes of the checkpoint under diffusers' keys."""
-    import torch
-    from diffusers import WanTransformer3DModel
-
-    create: Any = WanTransformer3DModel  # diffusers has no usable types
-    with torch.device("meta"):
-        model = create(**OPTIONS, num_layers=layers)
-    return {key: tuple(value.shape) for key, value in model.state_dict().items()}
-
-
-def write_checkpoint(folder: Path, layers: int) -> int:
-    """Writes random weights tensor by tensor; returns their bytes."""
-    shapes, size = torch_shapes(layers), 0
-    header: dict[str, Any] = {}
-    for key, shape in shapes.items():
-        end = size + 2 * math.prod(shape)
-        header[key] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [size, end]}
-        size = end
-    encoded = json.dumps(header).encode()
-    rng = np.random.default_rng(0)
-    noise = rng.standard_normal(max(map(math.prod, shapes.values())), np.float32).astype(ml_dtypes.bfloat16)
-    folder.mkdir()
-    with (folder / SINGLE).open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for shape in shapes.values():
-            file.write(noise[: math.prod(shape)].tobytes())
-    config = PORTS[CLASS].config.from_dict(OPTIONS | {"num_layers": layers})
-    (folder / "config.json").write_text(json.dumps({"_class_name": CLASS} | vars(config)), encoding="utf-8")
-    return size
-
-
 def work(task: str, source: Path, target: Path) -> dict[str, float]:
     """Runs one task in a fresh process."""
     environment = os.environ | {"JAX_PLATFORMS": "cpu"}
@@ -103,7 +67,7 @@ def run(layers: int) -> list[dict[str, Any]]:
     rows = []
     with tempfile.TemporaryDirectory(prefix="adaspa-loading-") as name:
         source, converted = Path(name) / "source", Path(name) / "converted"
-        payload = write_checkpoint(source, layers)
+        payload = write_transformer(source, CLASS, OPTIONS | {"num_layers": layers})
         tasks = {
             "direct": ("load", source),
             "convert": ("convert", source),

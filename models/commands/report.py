@@ -7,9 +7,12 @@ not exist, such as the SSIM of pictures below 7 x 7 pixels (`adaspa_jax.json_val
 import dataclasses
 import json
 import math
+import resource
+import sys
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from adaspa_jax import SparseConfig, json_values
@@ -45,6 +48,15 @@ def fields_of(prompts: list[str], seed: int, config: SparseConfig, runs: dict[st
         if len(sparse.reports) > 1:
             fields["details_of_the_second_expert"] = dataclasses.asdict(sparse.reports[1])
     return fields
+
+
+def memory() -> dict[str, int]:
+    """Peak bytes so far: of this process on the host, and of its fullest device, where JAX says."""
+    peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
+    # Kilobytes on Linux, bytes on macOS.
+    unit = 1 if sys.platform == "darwin" else 1024
+    host = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return {"host_peak_bytes": host} | ({"device_peak_bytes": max(peaks)} if any(peaks) else {})
 
 
 def distance(videos: dict[str, np.ndarray]) -> dict[str, float]:

@@ -1,6 +1,9 @@
 """What `python -m models.sample` does for its two kinds of checkpoint: what is checked, loaded, sampled and written."""
 
 import dataclasses
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +20,7 @@ from models.commands.files import Results
 from models.commands.hosts import stderr
 from models.commands.media import require, write_runs
 from models.commands.options import LATENTS, refuse
-from models.commands.report import distance, fields_of, write_report
+from models.commands.report import distance, fields_of, memory, write_report
 from models.pipeline.embeddings import Embeddings, read_embeddings, read_prompts
 from models.pipeline.families import VideoSize
 from models.pipeline.guidance import Guidance
@@ -69,6 +72,8 @@ class Runs:
     """Those of the VAE's folder."""
     pixels: bool = False
     """What is sampled are pixels, which need no VAE."""
+    phases: dict[str, float] = dataclasses.field(default_factory=dict)
+    """Seconds of what is done so far, but for the runs themselves."""
 
     @classmethod
     def of_words(cls, checkpoint: Path, prompts: list[str] | None, options: Options) -> "Runs":
@@ -103,7 +108,7 @@ class Runs:
             from models.vae.decoding import check_decoder
 
             check_decoder(vae, described.experts[0].config.out_channels, options.follow_links)
-        with Progress(console=stderr(), transient=True) as bar:
+        with Progress(console=stderr(), transient=True) as bar, runs._timed("load"):
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
             links = options.follow_links
@@ -159,7 +164,15 @@ class Runs:
         """report.json, but for the distance of the videos."""
         family = self.pipeline.family
         size = dataclasses.asdict(self.size) | {"fps": family.fps, "model": family.name}
-        return fields_of(self.prompts, self.seed, self.config, runs) | size
+        fields = fields_of(self.prompts, self.seed, self.config, runs) | size
+        return fields | {"phases": {f"{name}_seconds": s for name, s in self.phases.items()}, "memory": memory()}
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        """Keeps the seconds of a phase."""
+        begun = time.perf_counter()
+        yield
+        self.phases[phase] = time.perf_counter() - begun
 
     def keep(self, results: Results | None, runs: dict[str, LatentSample]) -> None:
         """Latents and report of the runs so far, in OUT for good: whatever fails later, they are not sampled again.
@@ -193,13 +206,15 @@ class Runs:
         sharding = self.pipeline.sharding
         if self.shown:
             mesh = None if sharding is None else sharding.mesh
-            videos = decode_runs(self.vae, saved, follow_links=self.follow_links, mesh=mesh)
+            with self._timed("decode"):
+                videos = decode_runs(self.vae, saved, follow_links=self.follow_links, mesh=mesh)
         if results is None:
             return fields
         if videos:
-            write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)
+            with self._timed("video"):
+                write_runs(results.stage, videos, self.prompts, saved.fps, gif=self.pixels)
             results.publish()
-            fields |= distance(videos)
+            fields = self.fields(runs) | distance(videos)
             write_report(results.stage / files.REPORT, fields)
             results.publish()
         sparse = runs.get("AdaSpa")
