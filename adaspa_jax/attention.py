@@ -116,7 +116,7 @@ class _Call(NamedTuple):
         places, move = state.places, lambda x: x
         if self.spread.heads is not None and self.config.head_adaptive:
             places = self.spread.deal(found.budgets)
-            move = lambda x: self.spread.mine(self.spread.by_head(x, state.places), places)
+            move = lambda x: self.spread.move(x, state.places, places)
         kept_mass = mass if state.mass.size else state.mass
         lists = move(found.indices), move(found.counts), move(lse)
         return SparseState(*lists, found.recall, drift, kept_mass, places)

@@ -153,6 +153,21 @@ class Spread:
             return x
         return take_heads(lax.all_gather(x, self.heads, axis=1, tiled=True), inverse(places), axis=1)
 
+    def move(self, x: Array, places: Array, to: Array) -> Array:
+        """[B, h, ...] of the heads that this device has at places `to`, from every device's at `places`.
+
+        Each device takes a slice of all heads, puts them in order and gives them back: nobody ever holds everything.
+        """
+        if self.heads is None:
+            return x
+        batch, heads, *rest = x.shape
+        flat = x.reshape(batch, heads, -1)
+        flat = jnp.pad(flat, ((0, 0), (0, 0), (0, -flat.shape[2] % self.devices)))
+        slices = lax.all_to_all(flat, self.heads, split_axis=2, concat_axis=1, tiled=True)
+        slices = take_heads(slices, take_heads(inverse(places), to, axis=1), axis=1)
+        flat = lax.all_to_all(slices, self.heads, split_axis=1, concat_axis=2, tiled=True)
+        return flat[:, :, : math.prod(rest)].reshape(x.shape)
+
     def deal(self, work: Array) -> Array:
         """int32 [B, H]: places for heads of `work` [B, H], such that all devices get alike: easy with hard.
 

@@ -37,3 +37,8 @@ def pytest_configure(config: pytest.Config) -> None:
 def rng() -> np.random.Generator:
     """The one source of random numbers of a test, the same in every run."""
     return np.random.default_rng(0)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The files that wait for compilers come first, so that none is left alone at the end of two processes."""
+    items.sort(key=lambda item: "compile" not in item.path.name)

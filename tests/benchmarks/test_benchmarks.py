@@ -6,19 +6,23 @@ from pathlib import Path
 import pytest
 
 from benchmarks import cpu, quality
+from tests.matrix import in_matrix
 
 
-def test_quality_writes_its_rows(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("sparsities", [(0.8,), *in_matrix(((0.5, 0.8),))])
+def test_quality_writes_its_rows(
+    sparsities: tuple[float, ...], tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(quality, "CHECKPOINT", tiny_pipeline)
-    monkeypatch.setattr(quality, "SPARSITIES", (0.5, 0.8))
+    monkeypatch.setattr(quality, "SPARSITIES", sparsities)
     monkeypatch.setattr(quality, "PROMPTS", quality.PROMPTS[:2])
     quality.main(json=tmp_path / "deep" / "rows.json", steps=3)
     rows = json.loads((tmp_path / "deep" / "rows.json").read_text())
     keys = ["sparsity", "token_order", "head_adaptive", "lse_cache", "psnr_db", "ssim", "recall", "density"]
     assert all(list(row) == keys for row in rows)
     switches = [tuple(row.values())[:4] for row in rows]
-    assert len(switches) == len(set(switches)) == 8
-    assert {(s, o) for s, o, *_ in switches} == {(s, o) for s in (0.5, 0.8) for o in ("cube", "raster")}
+    assert len(switches) == len(set(switches)) == 4 * len(sparsities)
+    assert {(s, o) for s, o, *_ in switches} == {(s, o) for s in sparsities for o in ("cube", "raster")}
     assert any(not tiers for *_, tiers, _ in switches)
     assert any(not cache for *_, cache in switches)
 

@@ -18,6 +18,7 @@ import models
 from convert.writer import convert
 from models.checkpoint.loading import open_source
 from models.checkpoint.safetensors_folder import SINGLE
+from tests.matrix import only
 
 DEMO = Path(models.__file__).parent / "demo" / "checkpoint"
 
@@ -27,6 +28,7 @@ import os, signal, sys
 from unittest import mock
 from convert import __main__, writer
 from models.commands.cli import run_cli
+from tests.matrix import only
 
 name, calls, when = sys.argv.pop(1), int(sys.argv.pop(1)), sys.argv.pop(1)
 owner = {"save": writer.ocp.partial, "finalize": writer.ocp.partial, "rename": writer.os, "copyfile": writer.shutil}
@@ -55,8 +57,11 @@ def values(folder: Path) -> dict:
 
 @pytest.mark.parametrize(
     ("function", "call", "when"),
-    [("save", 1, "before"), ("save", 1, "after"), ("finalize", 1, "before"), ("copyfile", 2, "after")]
-    + [("rename", call, when) for call in (1, 2) for when in ("before", "after")],
+    only(
+        {("save", 1, "after"), ("finalize", 1, "before"), ("rename", 1, "after"), ("rename", 2, "before")},
+        [("save", 1, "before"), ("save", 1, "after"), ("finalize", 1, "before"), ("copyfile", 2, "after")]
+        + [("rename", call, when) for call in (1, 2) for when in ("before", "after")],
+    ),
 )
 def test_killed_at_any_moment_the_destination_is_absent_or_complete(
     function: str, call: int, when: str, tmp_path: Path
@@ -82,6 +87,7 @@ MEASURED = """
 import sys, threading, time
 from pathlib import Path
 from convert.writer import convert
+from tests.matrix import only
 
 def anonymous():
     return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) / 1024

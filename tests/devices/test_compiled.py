@@ -9,10 +9,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.devices.compiled import MACHINES, collectives
-
-HIDDEN_MB = 126720 * 3072 * 2 / 1e6
-"""Of the video tokens, on all devices together."""
+from benchmarks.devices.compiled import MACHINES, SMALL_MB, collectives
 
 
 def row(machine: str, folder: Path) -> dict[str, Any]:
@@ -28,12 +25,12 @@ def row(machine: str, folder: Path) -> dict[str, Any]:
     "machine", ["h100-8", *(pytest.param(m, marks=pytest.mark.matrix) for m in MACHINES if m[0] == "v")]
 )
 def test_two_layers_for_a_machine(machine: str, tmp_path: Path) -> None:
-    """Four all-to-alls a layer, q, k, v and out; no activations gathered; all 60 layers fit."""
+    """Four all-to-alls a layer, q, k, v and out; nothing large gathered; all 60 layers fit."""
     found = row(machine, tmp_path)
     assert found["all_60_gib"] < 0.9 * found["of_gib"], found
     if machine.startswith("h100"):  # a TPU's program names its collectives otherwise
         assert found["all_to_alls"] == 8, found
-        assert found["largest_gather_mb"] < 0.01 * HIDDEN_MB, found
+        assert found["largest_gather_mb"] < SMALL_MB, found
 
 
 def test_collectives_are_read_from_hlo() -> None:

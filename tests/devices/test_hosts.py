@@ -44,7 +44,8 @@ def test_two_hosts_sample_what_one_device_does(wan_pipeline: Path, tmp_path: Pat
     written = {file.name for file in (tmp_path / "host0").iterdir()}
     assert written == {"latents.safetensors", "report.json", "sheet.png", "video.mp4"}
     alone = run(None, port, *given, "--out", tmp_path / "alone")
-    assert alone.wait() == 0, alone.stderr and alone.stderr.read()
+    said = alone.communicate()
+    assert alone.returncode == 0, said
     latents = lambda out: read_latents(tmp_path / out / "latents.safetensors").runs["AdaSpa"]
     got, expected = latents("host0"), latents("alone")
     assert np.linalg.norm(got - expected) < 2e-6 * np.linalg.norm(expected)

@@ -47,11 +47,11 @@ def test_on_eight_devices(which: str) -> None:
 CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.6)
 MESHES = [
     # data, heads, rows, heads of the model, frames
-    pytest.param(1, 8, 1, 8, 3, marks=pytest.mark.matrix),
-    pytest.param(2, 2, 2, 8, 5, marks=pytest.mark.matrix),
-    pytest.param(2, 4, 1, 8, 3, marks=pytest.mark.matrix),
-    pytest.param(1, 4, 2, 12, 3, marks=pytest.mark.matrix),
-    pytest.param(1, 2, 4, 6, 3, marks=pytest.mark.matrix),
+    (1, 8, 1, 8, 3),
+    (2, 2, 2, 8, 5),
+    (2, 4, 1, 8, 3),
+    (1, 4, 2, 12, 3),
+    (1, 2, 4, 6, 3),
 ]
 
 
@@ -139,12 +139,9 @@ SAMPLERS = [
         lambda: HunyuanVideoTransformer(HUNYUAN, rngs=nnx.Rngs(0)),
         "data=2,heads=2,rows=2",
         id="HunyuanVideo",
-        marks=pytest.mark.matrix,
     ),
     pytest.param(lambda: WanTransformer(WAN, rngs=nnx.Rngs(0)), "heads=4,rows=2", id="Wan"),
-    pytest.param(
-        lambda: CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), "auto", id="CogVideoX", marks=pytest.mark.matrix
-    ),
+    pytest.param(lambda: CogVideoXTransformer(COGVIDEOX, rngs=nnx.Rngs(0)), "auto", id="CogVideoX"),
 ]
 
 

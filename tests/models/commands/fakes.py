@@ -71,7 +71,9 @@ class Fakes:
         latents = self.latents(options["dense"], plan.shape)
         return LatentSample(latents, ((),), layout, config, (), 2.0, 1.0, "xla")
 
-    def decode(self, path: Path, latents: np.ndarray, *, dtype: str, progress: Any, follow_links: bool) -> np.ndarray:
+    def decode(
+        self, path: Path, latents: np.ndarray, *, dtype: str, progress: Any, follow_links: bool, mesh: Any
+    ) -> np.ndarray:
         self.calls.append((str(vae_folder(Path(path))), dtype, follow_links))
         frames = 4 * (latents.shape[2] - 1) + 1
         video = np.resize(latents, (len(latents), 3, frames, *latents.shape[3:])).repeat(8, 3).repeat(8, 4)

@@ -80,6 +80,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "share_cfg_indices": "trained without guidance",
         "mesh": "samples on one device",
         "weights": "is for several devices",
+        "distributed": "is for several hosts",
     },
     ("sample", "latents"): {
         "prompt": "those that --embeddings FILE was made from",
@@ -96,13 +97,14 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "share_cfg_indices": ["--share-cfg-indices"],
         "mesh": ["--mesh", "heads=1"],
         "weights": "is for several devices",
+        "distributed": "is for several hosts",
     },
     ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
     ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
 }
 REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog", "mesh": "auto", "weights": "sharded"}
 """Values of options that are refused; numbers get 2."""
-FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links")
+FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links", "distributed")
 BROKEN = {"sample": ["--seed", -1], "decode": ["--fps", 0]}
 """What --debug shows a traceback of."""
 

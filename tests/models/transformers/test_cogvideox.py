@@ -19,6 +19,7 @@ from models.transformers.cogvideox import (
     sinusoidal_positions,
 )
 from models.transformers.rope import rope_tables
+from tests.matrix import only
 from tests.models.transformers.ports import (
     call,
     check_adaspa,
@@ -91,7 +92,7 @@ def inputs_of(name: str, size: tuple[int, int, int], text: int = 11) -> dict[str
     return inputs
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", only({"1.0 2B T2V", "1.5 I2V"}, VARIANTS))
 def test_parity_with_diffusers(name: str, tmp_path) -> None:
     shapes = [(6, 10, 14), (4, 14, 6)] if name.startswith("1.5") else [(3, 10, 14), (5, 14, 6)]
     if name == "1.0 5B I2V":  # learned positions fit one size

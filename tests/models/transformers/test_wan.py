@@ -9,6 +9,7 @@ from diffusers import WanTransformer3DModel
 from flax import nnx
 
 from models.transformers.wan import WanConfig, WanTransformer
+from tests.matrix import only
 from tests.models.transformers.ports import (
     check_adaspa,
     check_checkpoint,
@@ -56,7 +57,7 @@ def inputs_of(name: str, size: tuple[int, int, int]) -> dict[str, Any]:
     return inputs
 
 
-@pytest.mark.parametrize("name", VARIANTS)
+@pytest.mark.parametrize("name", only({"2.1 T2V", "2.1 I2V", "2.2 TI2V"}, VARIANTS))
 def test_parity_with_diffusers(name: str, tmp_path) -> None:
     frames = 2 if "temporal" in name else 1
     sizes = [inputs_of(name, (3 * frames, 10, 14)), inputs_of(name, (5 * frames, 6, 18))]
