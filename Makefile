@@ -6,7 +6,7 @@ export JAX_PLATFORMS ?= cpu
 PROMPTS = --prompt "red circle moving left" --prompt "green ring moving down"
 
 # Passed to pytest in place of its default, all tests in two processes: make test ARGS="tests/convert -k full_disk"
-ARGS = -n 2 --dist loadfile
+ARGS = -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo test test-all lint clean
 

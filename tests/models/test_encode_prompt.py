@@ -182,7 +182,7 @@ def text_pipeline(name: str) -> Any:
 PROMPTS = ["a cat on a roof", "a dog"]
 
 
-@pytest.mark.parametrize("name", ["wan", "cogvideox", "hunyuan"])
+@pytest.mark.parametrize("name", only({"hunyuan", "wan"}, ("wan", "cogvideox", "hunyuan")))
 def test_a_file_of_prompts_holds_what_the_pipeline_encodes(name: str, tmp_path: Path) -> None:
     pipe = text_pipeline(name)
     pipe.save_pretrained(tmp_path / "pipe")

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu.compiled import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
+from tests.matrix import in_matrix
 
 ROOT = Path(__file__).parents[2]
 
@@ -109,7 +110,7 @@ print("compiled")
 """
 
 
-FUNCTIONS = [("triton", "8.0"), ("mosaic_gpu", "9.0"), pytest.param("triton", "9.0", marks=pytest.mark.matrix)]
+FUNCTIONS = [("mosaic_gpu", "9.0"), *in_matrix(("triton", "8.0"), ("triton", "9.0"))]
 
 
 @pytest.mark.parametrize(("implementation", "arch"), FUNCTIONS)
