@@ -203,7 +203,8 @@ def attention(
         many pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
         alone. Then come the entries, the first key of a tile, plus DROPPED if it does not count; `tuning.slack` or more
         of those at the end.
-      bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all.
+      bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all. With a
+        bias of their own for query blocks [B*H, blocks of Nq, Nk / tile + 1, max(tile, 128)].
       rows: of a query block.
       tile: keys of a tile.
       heads: H.
@@ -237,7 +238,11 @@ def attention(
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
         scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), k.dtype), pltpu.SemaphoreType.DMA((2,))]
     operands.append(bias)
-    specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, np.int32(heads)), 0, 0), **once()))
+    if bias.ndim == 3:
+        of_batch = lambda h, i: (lax.div(h, np.int32(heads)), 0, 0)
+        specs.append(pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once()))
+    else:
+        specs.append(pl.BlockSpec((None, None, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),

@@ -1,4 +1,4 @@
-"""Attention on a TPU, dense and over lists of key blocks: what memory K and V go to, their lists, the kernel."""
+"""Attention on a TPU, dense, over lists of key blocks, over pooled keys: where K and V go, their lists, the kernel."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count, lookup, merge_heads, numbers, pad_tokens, partial_first
-from pallas_kernels.calls import DenseCall, SparseCall
+from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
@@ -60,6 +60,22 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     indices, counts = call.indices.astype(jnp.int32), call.counts.astype(jnp.int32)
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
+    resident = _resident(k, call.block_q, tile, tuning)
+    options = {"rows": call.block_q, "tile": tile, "scale": call.scale}
+    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+
+
+def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
+    """Attention over pooled keys; see `pallas_kernels.pooled_attention`."""
+    q, nk, tile = call.q, call.k.shape[2], 128
+    tuning = tuning or tpu_attention_tuning(tile, block_count(nk, tile), q.dtype, chip().generation)
+    k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    tiles = k.shape[2] // tile
+    # The kernel adds the bias to scores that it then scales.
+    bias = call.pair_bias(call.kept.shape[2], (tiles + 1) * tile, 1 / call.scale)
+    bias = merge_heads(bias).reshape(-1, bias.shape[2], tiles + 1, tile)
+    order = jnp.broadcast_to(tile * numbers(tiles, 4), (q.shape[0], 1, 1, tiles))
+    lists = order, jnp.full(order.shape, True), jnp.full(order.shape, False)
     resident = _resident(k, call.block_q, tile, tuning)
     options = {"rows": call.block_q, "tile": tile, "scale": call.scale}
     return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
