@@ -125,23 +125,27 @@ def test_nothing_but_sinks_is_attention_over_pooled_keys() -> None:
     np.testing.assert_allclose(got[:, REAL], expected[:, REAL], atol=3e-6)
 
 
+@jax.jit
+def kept_and_rest(q: Any, k: Any, v: Any, valid: Any, chosen: Any) -> Any:
+    """(out, LSE) of kept blocks and stand-ins, and of dense attention; blocks of 4 by 4."""
+    order, counts = jnp.argsort(~chosen, axis=-1), chosen.sum(-1, dtype=jnp.int32)
+    how: dict[str, Any] = {"return_lse": True, "implementation": "reference"}
+    kept = block_sparse_attention(q, k, v, order, counts, block_q=4, block_k=4, block_valid=valid, **how)
+    pooled = pool(k, v, valid)
+    bias = jnp.broadcast_to(pooled.log_count[:, None], pooled.k.shape[:3])
+    rest = pooled_attention(q, pooled.k, pooled.v, bias, pack_bits(chosen), block_q=4, **how)
+    return merge_attention(kept, rest), flash_attention(q, k, v, block_valid=valid, **how)
+
+
 @given(st.integers(0, 2**32 - 1), st.floats(0, 1), st.booleans())
-@settings(max_examples=12)
+@settings(max_examples=25)
 def test_blocks_of_equal_keys_lose_nothing(seed: int, density: float, ragged: bool) -> None:
     """Then out and LSE of kept blocks and stand-ins are those of dense attention, whatever is kept."""
     rng, nk, block = np.random.default_rng(seed), 40, 4
     q = jnp.asarray(rng.standard_normal((1, 2, 16, 8)), jnp.float32)
     k, v = (jnp.asarray(rng.standard_normal((1, 2, nk, 8)).repeat(block, 2), jnp.float32) for _ in range(2))
     valid = jnp.asarray(rng.integers(0 if ragged else block, block + 1, (1, nk)), jnp.int32)
-    chosen = rng.random((1, 2, 4, nk)) < density
-    order, counts = jnp.asarray(np.argsort(~chosen, axis=-1)), jnp.asarray(chosen.sum(-1), jnp.int32)
-    how: dict[str, Any] = {"return_lse": True, "implementation": "reference"}
-    kept = block_sparse_attention(q, k, v, order, counts, block_q=4, block_k=block, block_valid=valid, **how)
-    pooled = pool(k, v, valid)
-    bias = jnp.broadcast_to(pooled.log_count[:, None], (1, 2, nk))
-    rest = pooled_attention(q, pooled.k, pooled.v, bias, pack_bits(jnp.asarray(chosen)), block_q=4, **how)
-    out, lse = merge_attention(kept, rest)
-    expected, exact = flash_attention(q, k, v, block_valid=valid, **how)
+    (out, lse), (expected, exact) = kept_and_rest(q, k, v, valid, jnp.asarray(rng.random((1, 2, 4, nk)) < density))
     np.testing.assert_allclose(out, expected, atol=2e-6)
     np.testing.assert_allclose(lse, exact, atol=2e-6)
 
@@ -160,7 +164,7 @@ def test_a_row_and_column_factor_is_recovered(seed: int, share: float) -> None:
     pooled = jnp.asarray(rng.uniform(0.5, 2.0, (20, 30)), jnp.float32)
     dropped = np.asarray(rng.random((20, 30)) < share)
     dropped[0], dropped[:, 0] = False, False
-    found = fit(pooled * jnp.exp(row[:, None] + col[None]), pooled, jnp.asarray(dropped))
+    found = jax.jit(fit)(pooled * jnp.exp(row[:, None] + col[None]), pooled, jnp.asarray(dropped))
     assert float(found[0][0]) == float(found[1][0]) == 0  # nothing dropped
     total = np.asarray(found[0][:, None] + found[1][None])
     np.testing.assert_allclose(total[dropped], np.asarray(row[:, None] + col[None])[dropped], atol=0.02)
@@ -172,7 +176,7 @@ def test_stand_ins_without_mass_have_no_calibration() -> None:
     valid, lse = jnp.array([[16, 0, 3, 16], [0, 0, 0, 0]]), jnp.zeros((2, 4, 64)).at[0, :, 5].set(-jnp.inf)
     none = jnp.zeros((2, 4, 4, 1), jnp.uint32)
     mass = jnp.zeros((2, 4, 4, 4)).at[0, :, 0, 0].set(2.0)
-    made, share = calibrate(q, pool(k, v, valid), lse, mass, none, valid)
+    made, share = jax.jit(lambda *x: calibrate(x[0], pool(*x[1:4]), *x[4:]))(q, k, v, valid, lse, mass, none, valid)
     assert all(bool(jnp.isfinite(x).all()) for x in (made.row_bias, made.col_bias, share))
     assert float(made.row_bias[0, 0, 0]) != 0
     np.testing.assert_array_equal(made.row_bias[:, :, 1:], 0)
