@@ -8,13 +8,21 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from adaspa_jax.compensation import Pooled, StandIns, calibrate, pool
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.schedule import StepKind
 from adaspa_jax.search import Selection, select_blocks
 from adaspa_jax.sharding import ALONE, DATA, ROWS, AttentionSharding, Spread, inverse, take_heads
 from adaspa_jax.state import SparseState
-from pallas_kernels import Implementation, block_mass, block_sparse_attention, flash_attention
+from pallas_kernels import (
+    Implementation,
+    block_mass,
+    block_sparse_attention,
+    flash_attention,
+    merge_attention,
+    pooled_attention,
+)
 
 Parts = tuple[Array, Array]
 """Video [B, N, H, D] in the layout's order and text [B, Nt, H, D]; Nt = 0 where there is none."""
@@ -92,9 +100,10 @@ class _Call(NamedTuple):
         arrays = {name: getattr(self, name)[half:] for name in ("q", "k", "v", "block_valid", "query_valid")}
         return self._replace(**arrays)
 
-    def sparse(self, indices: Array, counts: Array) -> Array:
-        """[B, H, rows + Nt, D]: video rows over their blocks, text rows over everything."""
-        out = block_sparse_attention(
+    def sparse(self, indices: Array, counts: Array, stand_ins: StandIns) -> Array:
+        """[B, H, rows + Nt, D]: video rows over their blocks and stand-ins of the others, text rows over everything."""
+        pooled = self.config.compensation == "pooled"
+        found = block_sparse_attention(
             self.q[:, :, : self.rows],
             self.k,
             self.v,
@@ -103,15 +112,54 @@ class _Call(NamedTuple):
             block_q=self.layout.block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
+            return_lse=pooled,
             implementation=self.implementation,
         )
+        out = merge_attention(found, self.compensate(stand_ins))[0] if pooled else found
         return jnp.concatenate([out, self.text()], axis=2) if self.layout.text else out
+
+    def pooled(self) -> Pooled:
+        """The key blocks of this step."""
+        return pool(self.k, self.v, self.block_valid)
+
+    def compensate(self, stand_ins: StandIns) -> tuple[Array, Array]:
+        """(out, LSE) of the video rows over the stand-ins of the blocks that they dropped."""
+        row, col, kept = (everyone(x, self.config) for x in stand_ins)
+        blocks = self.pooled()
+        out, lse = pooled_attention(
+            self.q[:, :, : self.rows],
+            blocks.k,
+            blocks.v,
+            blocks.log_count[:, None] + col,
+            kept,
+            block_q=self.layout.block,
+            return_lse=True,
+            implementation=self.implementation,
+        )
+        by_block = lse.reshape(*row.shape, self.layout.block) + row[..., None]
+        return out, by_block.reshape(lse.shape)
+
+    def calibrate(self, found: Selection, mass: Array, lse: Array, state: SparseState) -> tuple[StandIns, Array]:
+        """(StandIns, share of the mass that they hold [B, H] by head) of what a search under `lse` found."""
+        if self.config.compensation == "none":
+            return StandIns(state.row_bias, state.col_bias, state.kept), state.stand_ins
+        rows = self.q[:, :, : self.rows]
+        made, share = calibrate(rows, self.pooled(), lse, mass, found.kept, self.query_valid, self.spread)
+        return made, self.spread.by_head(share, state.places)
 
     def select(self, mass: Array, state: SparseState) -> Selection:
         """Blocks for the heads in their old places."""
         return select_blocks(mass, self.layout, self.config, self.spread, state.places)
 
-    def keep(self, found: Selection, mass: Array, lse: Array, drift: Array, state: SparseState) -> SparseState:
+    def keep(
+        self,
+        found: Selection,
+        mass: Array,
+        lse: Array,
+        drift: Array,
+        calibrated: tuple[StandIns, Array],
+        state: SparseState,
+    ) -> SparseState:
         """The state after a search, heads dealt anew to the devices."""
         places, move = state.places, lambda x: x
         if self.spread.heads is not None and self.config.head_adaptive:
@@ -119,7 +167,10 @@ class _Call(NamedTuple):
             move = lambda x: self.spread.move(x, state.places, places)
         kept_mass = mass if state.mass.size else state.mass
         lists = move(found.indices), move(found.counts), move(lse)
-        return SparseState(*lists, found.recall, drift, kept_mass, places)
+        stand_ins, share = calibrated
+        if self.config.compensation == "pooled":
+            stand_ins = StandIns(*map(move, stand_ins))
+        return SparseState(*lists, found.recall, drift, kept_mass, *stand_ins, share, places)
 
     def drift(self, change: Array, state: SparseState) -> Array:
         """[B, H] by head, the mean of |change| [B, H, rows] over the valid video rows."""
@@ -141,27 +192,32 @@ def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
     searched, lse = call.searched, lse[-state.lse.shape[0] :, :, : call.rows]
     mass = searched.mass(lse)[0]
-    return out, searched.keep(searched.select(mass, state), mass, lse, jnp.zeros_like(state.drift), state)
+    found = searched.select(mass, state)
+    calibrated = searched.calibrate(found, mass, lse, state)
+    return out, searched.keep(found, mass, lse, jnp.zeros_like(state.drift), calibrated, state)
 
 
 def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     searched = call.searched
     if call.config.lse_cache:
-        mass, row_sum = searched.mass(state.lse)
+        norm = state.lse
+        mass, row_sum = searched.mass(norm)
         # A row without a valid key has LSE -inf and sum 0, and keeps both.
         change = jnp.where(row_sum > 0, jnp.log(jnp.where(row_sum > 0, row_sum, 1.0)), 0.0)
         lse = state.lse + change
     else:
-        lse = searched.dense(searched.q[:, :, : call.rows])[1]
+        norm = lse = searched.dense(searched.q[:, :, : call.rows])[1]
         mass, _ = searched.mass(lse)
         change = jnp.where(jnp.isfinite(lse), lse - state.lse, 0.0)
     found = searched.select(mass, state)
-    out = call.sparse(found.indices, found.counts)
-    return out, searched.keep(found, mass, lse, searched.drift(change, state), state)
+    calibrated = searched.calibrate(found, mass, norm, state)
+    out = call.sparse(found.indices, found.counts, calibrated[0])
+    return out, searched.keep(found, mass, lse, searched.drift(change, state), calibrated, state)
 
 
 def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    return call.sparse(state.indices, state.counts), state
+    stand_ins = StandIns(state.row_bias, state.col_bias, state.kept)
+    return call.sparse(state.indices, state.counts, stand_ins), state
 
 
 _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseState]]] = {
@@ -336,7 +392,8 @@ def _on_mesh(
         places = jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), (len(valid), heads))
         if state is not None:
             places = everyone(state.places, config)
-            state = state._replace(mass=jnp.zeros((*state.counts.shape[:2], 0, 0), jnp.float32))
+            here = {n: jnp.zeros((*state.counts.shape[:2], *x.shape[2:]), x.dtype) for n, x in empty.items()}
+            state = state._replace(**here)
         q, k, v = (x if len(x) > 1 else (x[0], x[0][:, :0]) for x in (q, k, v))
         q, k, v = (_to_heads(x, places, spread) for x in (q, k, v))
         if spread.rows is not None:
@@ -348,20 +405,22 @@ def _on_mesh(
         out, state = _run(call, state, step_kind if static else kind)
         out = out.swapaxes(1, 2)
         parts = _from_heads((out[:, :rows], out[:, rows:]), places, spread)
-        return parts[:kinds], None if state is None else state._replace(mass=())
+        return parts[:kinds], None if state is None else state._replace(**nothing)
 
     # Nothing empty goes in or out: XLA of jax 0.11 crashes on an empty array beside others.
     kinds = 2 if layout.text else 1
+    empty = {} if state is None else state.empty
+    nothing: dict[str, Any] = dict.fromkeys(empty, ())
     text, parts = sharding.spec(DATA), (sharding.spec(DATA, "tokens"), sharding.spec(DATA))[:kinds]
-    states = None if state is None else SparseState.specs(sharding, layers=False)._replace(mass=())  # type: ignore[arg-type]
-    given = None if state is None else state._replace(mass=())  # type: ignore[arg-type]
+    states = None if state is None else SparseState.specs(sharding, layers=False)._replace(**nothing)
+    given = None if state is None else state._replace(**nothing)
     in_specs = (parts, parts, parts, text, sharding.spec(DATA, ROWS), states, sharding.spec())
     run = jax.shard_map(local, mesh=sharding.mesh, in_specs=in_specs, out_specs=(parts, states), check_vma=False)
     kind = jnp.int32(0) if static else step_kind
     out, new = run(q[:kinds], k[:kinds], v[:kinds], valid, query_valid, given, kind)
     video = sharding.video(out[0])
     text_out = sharding.text(out[1]) if layout.text else video[:, :0]
-    return (video, text_out), None if state is None else new._replace(mass=state.mass)
+    return (video, text_out), None if state is None else new._replace(**empty)
 
 
 def _to_heads(x: Parts, places: Array, spread: Spread) -> Parts:

@@ -5,7 +5,7 @@ import operator
 from collections.abc import Iterable
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, get_args
+from typing import Any, Literal, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,6 +13,10 @@ from jax import Array
 
 from adaspa_jax.layout import TokenLayout, TokenOrder
 from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
+
+Compensation = Literal["none", "pooled"]
+_LEAST_POOLED_BLOCK = 16
+"""Tokens: below, the stand-ins would cost what they save."""
 
 PRESETS = {
     "quality": {"sparsity": 0.5},
@@ -75,6 +79,8 @@ class SparseConfig:
     """Steps at the end that are dense again."""
     share_cfg_indices: bool = False
     """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
+    compensation: Compensation = "none"
+    """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -87,6 +93,7 @@ class SparseConfig:
         self._check_steps(self.search)
         if self.token_order not in get_args(TokenOrder):
             raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
+        self._check_compensation()
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
 
@@ -116,6 +123,30 @@ class SparseConfig:
             raise ValueError(f"dense_last_steps={self.dense_last_steps} must be in 0 .. steps={self.steps}")
         if self.search_steps and search[-1] > self.steps - self.dense_last_steps:
             raise ValueError(f"search_steps={search}: the last {self.dense_last_steps} of {self.steps} steps are dense")
+
+    def _check_compensation(self) -> None:
+        if self.compensation not in get_args(Compensation):
+            names = ", ".join(get_args(Compensation))
+            raise ValueError(f"compensation={self.compensation!r} must be one of {names}")
+        if self.compensation == "none":
+            return
+        if not self.row_wise:
+            raise ValueError(
+                "compensation='pooled' goes with lists of equal length: set row_wise=True, or compensation='none'"
+            )
+        if self.block_size < _LEAST_POOLED_BLOCK:
+            raise ValueError(
+                f"compensation='pooled' needs block_size={self.block_size} to be at least {_LEAST_POOLED_BLOCK}; "
+                "raise it, or set compensation='none'"
+            )
+
+    @classmethod
+    def paper(cls, **changes: object) -> "SparseConfig":
+        """AdaSpa to the letter (arXiv 2502.21079), with `changes` on top: raster order, blocks of 64, 50 steps with
+        searches at 10 and 30, head tiers, nothing in place of what is dropped.
+        """
+        letter = {"block_size": 64, "steps": 50, "search_steps": (10, 30), "token_order": "raster"}
+        return cls(**({"sparsity": 0.8, "head_adaptive": True, "compensation": "none"} | letter | changes))  # type: ignore[arg-type]
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> "SparseConfig":

@@ -1,4 +1,4 @@
-"""What a run really did: realised density, recall, staleness of the LSE cache; pictures of block masks."""
+"""What a run really did: realised density, recall, stand-ins, staleness of the LSE cache; pictures of block masks."""
 
 import dataclasses
 import math
@@ -62,6 +62,11 @@ class Report:
     """Search step -> [NL][H], mean over the batch."""
     drift_by_search: dict[int, list[list[float]]]
     """Search step -> [NL][H] mean |change of the LSE| since the last search: staleness of the cache, 0 at the first."""
+    stand_ins: float
+    """Share of the attention mass that the stand-ins of dropped blocks held, as calibrated at the searches, the same
+    mean as recall; with the recall about 1. 0 without compensation, NaN where recall is."""
+    stand_ins_by_search: dict[int, list[list[float]]]
+    """Search step -> [NL][H], mean over the batch."""
     step_kinds: dict[str, list[int]]
     """Name of each step kind -> its steps."""
 
@@ -88,6 +93,7 @@ def summarize(
     density = counts.mean((1, 2, 3)) / layout.num_blocks
     density[list(config.dense_layers)] = 1.0
     recall, drift = _layers(history.recall, axis=1), _layers(history.drift, axis=1)
+    stand_ins = _layers(history.stand_ins, axis=1)
     kinds = config.step_kinds() if kinds is None else kinds
     searches = [i for i, kind in enumerate(kinds) if kind in (StepKind.FUSED_SEARCH, StepKind.CACHED_SEARCH)]
     by_search = lambda x: {first + i: x[i].mean(1).round(6).tolist() for i in searches}
@@ -97,6 +103,8 @@ def summarize(
         recall=_mean(recall[searches][:, sparse]),
         recall_by_search=by_search(recall),
         drift_by_search=by_search(drift),
+        stand_ins=_mean(stand_ins[searches][:, sparse]),
+        stand_ins_by_search=by_search(stand_ins),
         step_kinds={kind.name.lower(): (np.flatnonzero(kinds == kind) + first).tolist() for kind in StepKind},
     )
 

@@ -36,6 +36,8 @@ class History(NamedTuple):
     """float32 [T, layers, B, H] for each SparseState: recall of the last search so far."""
     drift: PyTree
     """float32 [T, layers, B, H] for each SparseState: mean |log change of the normaliser| at that search."""
+    stand_ins: PyTree
+    """float32 [T, layers, B, H] for each SparseState: share of the mass that stand-ins of dropped blocks hold."""
 
 
 Predict = Callable[[Array, dict[str, Array], PyTree, Array], tuple[Array, PyTree]]
@@ -110,7 +112,7 @@ def scan_steps(
             latent = jax.tree.leaves(solver)[0].reshape(-1)[0]
             jax.debug.callback(lambda number, _: progress(number), number, latent, ordered=False)
         pick = lambda field: jax.tree.map(lambda s: getattr(s, field), state, is_leaf=_is_state)
-        return (solver, state), History(pick("recall"), pick("drift"))
+        return (solver, state), History(pick("recall"), pick("drift"), pick("stand_ins"))
 
     with jax.named_scope("denoise"):
         (carry, state), history = lax.scan(body, (carry, state), (numbers, jnp.asarray(kinds), rows))

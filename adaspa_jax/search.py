@@ -10,7 +10,7 @@ from adaspa_jax.config import Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.sharding import ALONE, Spread
 from adaspa_jax.state import index_dtype
-from pallas_kernels import lookup, partial_first
+from pallas_kernels import lookup, pack_bits, partial_first
 
 
 class Selection(NamedTuple):
@@ -21,6 +21,8 @@ class Selection(NamedTuple):
     recall: Array
     budgets: Array
     """int32 [B, H], by head: blocks a row keeps, or its rows on the average."""
+    kept: Array
+    """uint32 bits of the kept blocks; [B, H, 0, 0] without compensation."""
 
 
 def head_tiers(recall: Array, budget: Budget, threshold: float) -> Array:
@@ -74,12 +76,27 @@ def select_blocks(
         budgets = head_tiers(recall, budget, config.recall_threshold)
         own = spread.mine(budgets, order)
         counts = jnp.broadcast_to(own[..., None], base.shape) if config.row_wise else _spend_globally(ranked, own)
+    kept = jnp.zeros((*mass.shape[:2], 0, 0), jnp.uint32)
+    if config.compensation == "pooled":
+        kept = pack_bits(_in_prefix(ranked, heaviest, indices, counts))
     if layout.video_valid.min() < layout.block:
         # The last block of the text may be partial, if only at run time.
         partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
         ordered = lambda indices: partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
         indices = lax.platform_dependent(indices, tpu=ordered, default=lambda indices: indices)
-    return Selection(indices.astype(index_dtype(layout)), counts, recall, budgets)
+    return Selection(indices.astype(index_dtype(layout)), counts, recall, budgets, kept)
+
+
+def _in_prefix(ranked: Array, heaviest: Array, indices: Array, counts: Array) -> Array:
+    """bool [B, H, nq, nk]: which blocks are among the first `counts` of top-k's lists.
+
+    By comparing with the last of them, ties by number as top-k has it: one fusion, and no scatter.
+    """
+    last = np.arange(indices.shape[-1], dtype=np.int32).reshape(1, 1, 1, -1) == counts[..., None] - 1
+    least = jnp.where(last, heaviest, -jnp.inf).max(-1, keepdims=True)
+    number = jnp.where(last, indices, 0).sum(-1, keepdims=True, dtype=jnp.int32)
+    block = np.arange(ranked.shape[-1], dtype=np.int32).reshape(1, 1, 1, -1)
+    return (ranked > least) | ((ranked == least) & (block <= number))
 
 
 def _spend_globally(ranked: Array, mean: Array) -> Array:

@@ -36,6 +36,16 @@ class SparseState(NamedTuple):
     """float32 [B, H], by head: mean |change of the LSE| between the last two searches; 0 after the first."""
     mass: Array
     """float32 [B, H, nq, nk]: block mass of the last search, for pictures; [B, H, 0, 0] unless asked for."""
+    row_bias: Array
+    """float32 [B, H, nq]: calibration of the stand-ins of dropped blocks, added to their scores (natural log) by
+    row block; empty without compensation, as are the next two."""
+    col_bias: Array
+    """float32 [B, H, nk]: the same by key block."""
+    kept: Array
+    """uint32 [B, H, nq, ceil(nk / 32)]: bits of the key blocks on the lists, of `pallas_kernels.pack_bits`."""
+    stand_ins: Array
+    """float32 [B, H], by head: share of the video rows' mass that the stand-ins held as calibrated by the last search;
+    0 without compensation."""
     places: Array
     """int32 [B, H]: the head at each place, by which heads are dealt to devices; 0, 1, 2 ... on one."""
 
@@ -68,6 +78,8 @@ class SparseState(NamedTuple):
         kmax = config.budget(layout).high if config.row_wise else layout.num_blocks
         length = layout.video_length if sharding is None else sharding.video_length(layout)
         rows = length // layout.block
+        pooled = config.compensation == "pooled"
+        pair_rows, cols = (rows, layout.num_blocks) if pooled else (0, 0)
         return cls(
             indices=jnp.zeros((*lead, rows, kmax), index_dtype(layout)),
             counts=jnp.zeros((*lead, rows), jnp.int32),
@@ -75,15 +87,26 @@ class SparseState(NamedTuple):
             recall=jnp.zeros(lead, jnp.float32),
             drift=jnp.zeros(lead, jnp.float32),
             mass=jnp.zeros((*lead, rows, layout.num_blocks) if keep_mass else (*lead, 0, 0), jnp.float32),
+            row_bias=jnp.zeros((*lead, pair_rows), jnp.float32),
+            col_bias=jnp.zeros((*lead, cols), jnp.float32),
+            kept=jnp.zeros((*lead, pair_rows, -(-cols // 32)), jnp.uint32),
+            stand_ins=jnp.zeros(lead, jnp.float32),
             places=jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), lead),
         )
+
+    @property
+    def empty(self) -> dict[str, Array]:
+        """The fields that the configuration leaves without entries."""
+        return {name: x for name, x in zip(self._fields, self, strict=True) if not x.size}
 
     @staticmethod
     def specs(sharding: AttentionSharding, layers: bool = True) -> "SparseState":
         """The PartitionSpec of every field on a mesh, with a leading layer axis or without."""
         lead = (None,) if layers else ()
         placed, by_head = sharding.spec(*lead, DATA, HEADS, ROWS), sharding.spec(*lead, DATA)
-        return SparseState(placed, placed, placed, by_head, by_head, sharding.spec(), by_head)  # type: ignore[arg-type]
+        of_heads = sharding.spec(*lead, DATA, HEADS)
+        lists, calibration = (placed, placed, placed), (placed, of_heads, placed)
+        return SparseState(*lists, by_head, by_head, sharding.spec(), *calibration, by_head, by_head)  # type: ignore[arg-type]
 
     @staticmethod
     def shardings(sharding: AttentionSharding, layers: bool = True) -> "SparseState":

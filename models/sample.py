@@ -42,8 +42,8 @@ def timed(console: Console, name: str, steps: int, sample: Any, **options: Any) 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
     named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
-    names = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", *named)
-    return {named.get(name, name): given[name] for name in names if is_given(given[name])}
+    same = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", "compensation")
+    return {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
 
 
 def _check(given: dict[str, Any]) -> None:
@@ -94,6 +94,9 @@ def main(
     share_cfg_indices: Annotated[
         bool, typer.Option("--share-cfg-indices", help="one search for both branches of guidance")
     ] = False,
+    compensation: Annotated[
+        str | None, typer.Option(help="what stands for skipped blocks: none or pooled; default: none")
+    ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")
     ] = None,

@@ -1,7 +1,13 @@
-"""Attention kernels as pure functions of arrays: dense with LSE, block mass, block-sparse with LSE."""
+"""Attention kernels as pure functions of arrays: dense, block mass, block-sparse, over pooled keys."""
 
-from pallas_kernels.api import block_mass, block_sparse_attention, flash_attention
-from pallas_kernels.blocks import lookup, partial_first
+from pallas_kernels.api import (
+    block_mass,
+    block_sparse_attention,
+    flash_attention,
+    merge_attention,
+    pooled_attention,
+)
+from pallas_kernels.blocks import lookup, pack_bits, partial_first, unpack_bits
 from pallas_kernels.dispatch import Implementation, resolve_implementation
 
 __all__ = [
@@ -10,6 +16,10 @@ __all__ = [
     "block_sparse_attention",
     "flash_attention",
     "lookup",
+    "merge_attention",
+    "pack_bits",
     "partial_first",
+    "pooled_attention",
     "resolve_implementation",
+    "unpack_bits",
 ]

@@ -1,4 +1,4 @@
-"""The three kernels: argument checks and dispatch by `implementation`.
+"""The four kernels: argument checks and dispatch by `implementation`.
 
 Arrays are [B, H, N, D]: batch, heads, tokens, head dim. Softmax statistics and sums are float32 whatever the input
 dtype, LSE is the natural logarithm. ValueError means the caller is wrong, NotImplementedError that the named
@@ -14,11 +14,11 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count
-from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.whole import check_whole
 
-_Call = TypeVar("_Call", DenseCall, MassCall, SparseCall)
+_Call = TypeVar("_Call", DenseCall, MassCall, PooledCall, SparseCall)
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -213,3 +213,73 @@ def block_sparse_attention(
     with jax.named_scope("block_sparse_attention"):
         out, lse = module.block_sparse_attention(call)
     return (out, lse) if return_lse else out
+
+
+def pooled_attention(
+    q: Array,
+    k_mean: Array,
+    v_mean: Array,
+    bias: Array,
+    kept: Array,
+    *,
+    block_q: int,
+    scale: float | None = None,
+    return_lse: bool = False,
+    implementation: Implementation | None = None,
+    interpret: bool = False,
+) -> Any:
+    """Attention over one pooled key a block, but for the blocks that a query block attends to key by key.
+
+    A row's score of block j is scale * q·k_mean_j + bias_j. With bias_j = log of the block's number of keys, a block of
+    equal keys weighs what its keys would. `merge_attention` joins it with `block_sparse_attention` over the kept ones.
+
+    Args:
+      q: [B, H, Nq, D], float32, bfloat16 or float16.
+      k_mean: [B, H, nk, D], dtype of q.
+      v_mean: [B, H, nk, D], dtype of q.
+      bias: float32 [B, H, nk], natural log; -inf for a block without keys.
+      kept: uint32 [B, H, nq, ceil(nk / 32)] from `pack_bits`: the blocks that a query block leaves out.
+      block_q: rows of a query block, a power of two; the last block may be partial.
+      scale: factor on q·k, positive; None: D**-0.5.
+      return_lse: also return the log-sum-exp of each row's scores.
+      implementation: see `pallas_kernels.resolve_implementation`.
+      interpret: as in `flash_attention`.
+
+    Returns:
+      out [B, H, Nq, D] in q's dtype, and with `return_lse` (out, lse), lse float32 [B, H, Nq].
+      A row that leaves out all gives out 0 and lse -inf.
+
+    Raises:
+      ValueError: shapes or dtypes that do not fit.
+      NotImplementedError: the named implementation cannot serve the call.
+    """
+    _check_qk(q, k_mean, v_mean)
+    _check_block(block_q=block_q)
+    batch, heads, nk = k_mean.shape[:3]
+    words = (batch, heads, block_count(q.shape[2], block_q), block_count(nk, 32))
+    for name, x, dtype, shape in (("bias", bias, jnp.float32, k_mean.shape[:3]), ("kept", kept, jnp.uint32, words)):
+        if x.shape != shape or x.dtype != dtype:
+            raise ValueError(f"{name} must be {jnp.dtype(dtype)}{list(shape)}; got {x.dtype}{list(x.shape)}")
+    if not _scale(q, scale) > 0:
+        raise ValueError(f"{scale=} must be positive")
+    call = PooledCall(q, k_mean, v_mean, bias, kept, _scale(q, scale), block_q, interpret)
+    module, call = _served(implementation, call)
+    with jax.named_scope("pooled_attention"):
+        out, lse = module.pooled_attention(call)
+    return (out, lse) if return_lse else out
+
+
+def merge_attention(first: tuple[Array, Array], second: tuple[Array, Array]) -> tuple[Array, Array]:
+    """Attention over two sets of keys as one, from (out [..., N, D], lse float32 [..., N]) of each; exact.
+
+    Rows of LSE -inf saw no key and count for nothing; where neither saw one, out is 0 and the LSE -inf.
+    """
+    (a, lse_a), (b, lse_b) = first, second
+    top = jnp.maximum(lse_a, lse_b)
+    top = jnp.where(jnp.isneginf(top), 0.0, top)
+    weight_a, weight_b = jnp.exp(lse_a - top), jnp.exp(lse_b - top)
+    total = weight_a + weight_b
+    safe = jnp.where(total > 0, total, 1.0)
+    share = lambda x, weight: x.astype(jnp.float32) * (weight / safe)[..., None]
+    out = (share(a, weight_a) + share(b, weight_b)).astype(a.dtype)
+    return out, jnp.where(total > 0, top + jnp.log(safe), -jnp.inf)

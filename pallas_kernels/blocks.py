@@ -67,15 +67,25 @@ def key_bias(block_valid: Array | None, batch: int, block: int, length: int, pad
     return bias_of(jnp.pad(valid, ((0, 0), (0, padded - length))))
 
 
+def pack_bits(flags: Array) -> Array:
+    """uint32 [..., ceil(n / 32)] of bool [..., n], the first flag in the lowest bit; bits past the last are 0."""
+    bits = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),))
+    bits = bits.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
+    return (bits << numbers(32, bits.ndim).astype(jnp.uint32)).sum(-1, dtype=jnp.uint32)
+
+
+def unpack_bits(words: Array, count: int) -> Array:
+    """bool [..., count] of the words of `pack_bits`."""
+    bits = words[..., None] >> numbers(32, words.ndim + 1).astype(jnp.uint32)
+    return (bits & 1 != 0).reshape(*words.shape[:-1], -1)[..., :count]
+
+
 def lookup(flags: Array, indices: Array) -> Array:
     """bool [..., K]: `flags` bool [n] or [..., n] at `indices` int [..., K] within [0, n).
 
     By packed words and comparisons: a TPU gathers single bits one after another.
     """
-    words = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),))
-    words = words.reshape(*flags.shape[:-1], -1, 32).astype(jnp.uint32)
-    words = words << numbers(32, words.ndim).astype(jnp.uint32)
-    words = words.sum(-1, dtype=jnp.uint32)
+    words = pack_bits(flags)
     indices = indices.astype(jnp.uint32)
     here = (indices >> 5)[..., None] == numbers(words.shape[-1], indices.ndim + 1).astype(jnp.uint32)
     words = words.reshape(*[1] * (indices.ndim - words.ndim), *words.shape[:-1], 1, words.shape[-1])

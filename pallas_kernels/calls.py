@@ -6,9 +6,9 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import block_count, expand_valid
+from pallas_kernels.blocks import MASKED, block_count, expand_valid, unpack_bits
 
-Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention"]
+Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention", "pooled_attention"]
 
 
 @dataclass(frozen=True)
@@ -123,3 +123,38 @@ class MassCall:
         (batch, heads), (nq, nk) = self.q.shape[:2], self.blocks
         tiles = mass.reshape(batch, heads, -1, split, nk, mass.shape[-1] // nk)
         return tiles.sum((3, 5))[:, :, :nq]
+
+
+@dataclass(frozen=True)
+class PooledCall:
+    """One call of `pallas_kernels.pooled_attention`."""
+
+    q: Array
+    """[B, H, Nq, D]"""
+    k: Array
+    """[B, H, nk, D], one a block."""
+    v: Array
+    """[B, H, nk, D]"""
+    bias: Array
+    """float32 [B, H, nk], added to the scaled scores, natural log; -inf for a key that nobody sees."""
+    kept: Array
+    """uint32 [B, H, nq, ceil(nk / 32)]: bits of `pack_bits`, set for a key that the query block does not see."""
+    scale: float
+    """Of the scores."""
+    block_q: int
+    interpret: bool = False
+
+    @property
+    def request(self) -> Request:
+        """What decides who can serve it."""
+        return Request("pooled_attention", self.q.dtype, self.q.shape[3], self.block_q, interpret=self.interpret)
+
+    def pair_bias(self, rows: int, keys: int, unit: float) -> Array:
+        """float32 [B, H, rows, keys]: `unit` times the bias of a key for a query block, MASKED where it sees none.
+
+        `rows` and `keys` are nq and nk or, padded, more.
+        """
+        nq, nk = self.kept.shape[2], self.k.shape[2]
+        hidden = unpack_bits(self.kept, nk) | jnp.isneginf(self.bias)[:, :, None]
+        bias = jnp.where(hidden, jnp.float32(MASKED), self.bias[:, :, None] * jnp.float32(unit))
+        return jnp.pad(bias, ((0, 0), (0, 0), (0, rows - nq), (0, keys - nk)), constant_values=MASKED)

@@ -22,7 +22,7 @@ _BEST: dict[str, tuple[Implementation, ...]] = {
 def backend(name: Implementation) -> ModuleType:
     """The module of an implementation, imported when first asked for; NotImplementedError if it lacks a package.
 
-    Each has `unsupported(request)`, the reason why it cannot serve or None, and the three kernels, functions of a call.
+    Each has `unsupported(request)`, the reason why it cannot serve or None, and the kernels, functions of a call.
     """
     try:
         return importlib.import_module(f"pallas_kernels.{name}")

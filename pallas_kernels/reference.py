@@ -1,11 +1,11 @@
-"""The readable float32 oracle of the three kernels: the definition of right. Builds N x N arrays; small inputs only."""
+"""The readable float32 oracle of the kernels: the definition of right. Builds N x N arrays; small inputs only."""
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers
-from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
+from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers, unpack_bits
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, Request, SparseCall
 
 
 def unsupported(request: Request) -> str | None:
@@ -65,3 +65,12 @@ def block_sparse_attention(call: SparseCall) -> tuple[Array, Array]:
     keep = expand_blocks(expand_blocks(hit.any(-2), call.block_k, cols, axis=3), call.block_q, rows, axis=2)
     columns = expand_valid(call.block_valid, batch, call.block_k, cols)
     return masked_attention(scores(q, k, call.scale), keep & columns[:, None, None], call.v, q.dtype)
+
+
+def pooled_attention(call: PooledCall) -> tuple[Array, Array]:
+    """Attention over pooled keys; see `pallas_kernels.pooled_attention`."""
+    rows, nk = call.q.shape[2], call.k.shape[2]
+    kept = expand_blocks(unpack_bits(call.kept, nk), call.block_q, rows, axis=2)
+    bias = call.bias[:, :, None]
+    s = scores(call.q, call.k, call.scale) + jnp.where(jnp.isneginf(bias), 0.0, bias)
+    return masked_attention(s, ~kept & ~jnp.isneginf(bias), call.v, call.q.dtype)

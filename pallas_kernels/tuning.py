@@ -87,6 +87,16 @@ class TpuAttentionTuning:
         return max(4, self.unroll) * self.group
 
 
+def tpu_pooled_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
+    """Defaults for `tiles` tiles that every query block takes: as few pairs of groups as `tpu_attention_tuning` allows.
+
+    Each has a bias, so that there are no longer turns.
+    """
+    most = tpu_attention_tuning(tile, 4096, dtype, generation).group
+    pairs = -(-tiles // (2 * most))
+    return TpuAttentionTuning(group=-(-tiles // (2 * pairs)), unroll=2)
+
+
 def tpu_attention_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
     """Defaults for lists of at most `tiles` tiles: long steps, but few enough for short lists to fill."""
     narrow = jnp.dtype(dtype).itemsize == 2

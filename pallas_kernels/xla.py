@@ -10,8 +10,19 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from pallas_kernels import varying
-from pallas_kernels.blocks import FLOOR, bias_of, block_count, key_bias, merge_heads, numbers, pad_tokens, valid_counts
-from pallas_kernels.calls import DenseCall, MassCall, Request, SparseCall
+from pallas_kernels.blocks import (
+    FLOOR,
+    MASKED,
+    bias_of,
+    block_count,
+    key_bias,
+    merge_heads,
+    numbers,
+    pad_tokens,
+    unpack_bits,
+    valid_counts,
+)
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, Request, SparseCall
 from pallas_kernels.tuning import XLA, XlaTuning
 
 
@@ -41,11 +52,11 @@ def _softmax_start(leading: tuple[int, ...], rows: int, *operands: Array) -> _Ru
 
 
 def _softmax_step(running: _Running, q: Array, k: Array, v: Array, bias: Array | None) -> _Running:
-    """One online-softmax step: rows q [R, D], already scaled, over keys k, v [K, D]; bias [K] masks keys."""
+    """One online-softmax step: rows q [R, D], already scaled, over keys k, v [K, D]; bias [K, 1] or [K, R] is added."""
     m, total, acc = running
     s = _contract(k, q, (1, 1))  # [K, R]
     if bias is not None:
-        s = s + bias[:, None]
+        s = s + bias
     m_new = jnp.maximum(m, s.max(0))
     p = jnp.exp(s - m_new[None])
     shrink = jnp.exp(m - m_new)
@@ -81,7 +92,7 @@ def flash_attention(call: DenseCall, tuning: XlaTuning = XLA) -> tuple[Array, Ar
         scaled = _scaled(q[head, tile], call.scale)
 
         def key_tile(j: Array, running: _Running) -> _Running:
-            masked = None if bias_tiles is None else bias_tiles[head // heads, j]
+            masked = None if bias_tiles is None else bias_tiles[head // heads, j][:, None]
             return _softmax_step(running, scaled, k[head, j], v[head, j], masked)
 
         return _softmax_end(lax.fori_loop(0, nk, key_tile, start), q.dtype)
@@ -151,7 +162,7 @@ def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[A
         def key_group(g: Array, running: _Running) -> _Running:
             block, valid = (lax.dynamic_slice_in_dim(x[i], g * group, group, axis=1) for x in (blocks, block_keys))
             inside = numbers(block_k, 3) < valid[..., None]
-            bias = bias_of(inside).reshape(together, -1)
+            bias = bias_of(inside).reshape(together, -1, 1)
             k_group, v_group = (
                 x.at[block].get(mode="promise_in_bounds").reshape(together, group * block_k, dim)
                 for x in (k_blocks, v_blocks)
@@ -200,3 +211,32 @@ def _gather_plan(indices: Array, counts: Array, valid: Array, group: int) -> tup
     keys = jnp.take_along_axis(valid[:, None, None], block, axis=-1, mode="clip")
     head = numbers(batch * heads).reshape(batch, heads, 1, 1)
     return head * nk + block, jnp.where(selected, keys, 0)
+
+
+def pooled_attention(call: PooledCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
+    """Attention over pooled keys, tile by tile; see `pallas_kernels.pooled_attention`."""
+    (batch, heads, rows, dim), nk, block = call.q.shape, call.k.shape[2], call.block_q
+    nq = block_count(rows, block)
+    group = _even_tile(nq, max(1, tuning.dense_q // block))
+    tiles, tile_k = block_count(nq, group), _even_tile(nk, tuning.dense_k)
+    cut = lambda x, rows: merge_heads(pad_tokens(x, rows)).reshape(batch * heads, -1, rows, x.shape[-1])
+    q, k, v, kept = cut(call.q, group * block), cut(call.k, tile_k), cut(call.v, tile_k), cut(call.kept, group)
+    bias = merge_heads(call.bias)
+    start = _softmax_start((), group * block, q, k, v, bias, kept)
+
+    def query_tile(i: Array) -> tuple[Array, Array]:
+        head, tile = i // tiles, i % tiles
+        scaled = _scaled(q[head, tile], call.scale)
+        seen = ~unpack_bits(kept[head, tile], nk) & ~jnp.isneginf(bias[head])[None]
+        of_blocks = jnp.where(seen, bias[head][None], jnp.float32(MASKED))
+        of_blocks = jnp.pad(of_blocks, ((0, 0), (0, k.shape[1] * tile_k - nk)), constant_values=MASKED).T
+
+        def key_tile(j: Array, running: _Running) -> _Running:
+            here = lax.dynamic_slice_in_dim(of_blocks, j * tile_k, tile_k)[..., None]
+            of_rows = jnp.broadcast_to(here, (tile_k, group, block)).reshape(tile_k, -1)
+            return _softmax_step(running, scaled, k[head, j], v[head, j], of_rows)
+
+        return _softmax_end(lax.fori_loop(0, k.shape[1], key_tile, start), q.dtype)
+
+    out, lse = lax.map(query_tile, numbers(batch * heads * tiles))
+    return out.reshape(batch, heads, -1, dim)[:, :, :rows], lse.reshape(batch, heads, -1)[:, :, :rows]

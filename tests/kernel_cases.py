@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from jax import Array
 
-from pallas_kernels import reference
+from pallas_kernels import pack_bits, reference
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import backend
@@ -48,6 +48,8 @@ class Case:
     def served(self, implementation: str, kernel: str) -> bool:
         """Whether `implementation` says that it can serve the case."""
         blocks = {} if kernel == "flash_attention" else {"block_q": self.block_q, "block_k": self.block_k}
+        if kernel == "pooled_attention":
+            del blocks["block_k"]
         request = Request(kernel, jnp.dtype(self.dtype), self.head_dim, **blocks, interpret=True)
         return backend(implementation).unsupported(request) is None
 
@@ -106,7 +108,7 @@ GPU_CASES = (
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Operands:
-    """Inputs of the three kernels for a case."""
+    """Inputs of the first three kernels for a case."""
 
     q: Array
     k: Array
@@ -138,9 +140,32 @@ def operands(case: Case) -> Operands:
     )
 
 
-def naive(case: Case, x: Operands, keep: Array) -> Array:
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PooledOperands:
+    """What `pooled_attention` takes besides q, k and v of a case, whose keys are the pooled ones."""
+
+    bias: Array
+    kept: Array
+    hidden: Array
+    """bool [B, H, nq, nk]: what `kept` packs."""
+
+
+def pooled_operands(case: Case) -> PooledOperands:
+    """Random biases, some of them -inf, and kept keys; the first query block keeps all."""
+    rng = np.random.default_rng(1)
+    shape = (case.batch, case.heads, block_count(case.rows, case.block_q), case.keys)
+    bias = rng.normal(2.0, 1.5, (case.batch, case.heads, case.keys))
+    bias[rng.random(bias.shape) < (0.2 if case.ragged else 0.0)] = -np.inf
+    hidden = rng.random(shape) < case.density
+    hidden[:, :, 0] |= shape[2] > 1
+    return PooledOperands(jnp.asarray(bias, jnp.float32), pack_bits(jnp.asarray(hidden)), jnp.asarray(hidden))
+
+
+def naive(case: Case, x: Operands, keep: Array, bias: Array | None = None) -> Array:
     """Plain attention computed in the inputs' own dtype, the yardstick of the error."""
     s = jnp.einsum("bhqd,bhkd->bhqk", x.q, x.k) * jnp.asarray(case.head_dim**-0.5, x.q.dtype)
+    s = s if bias is None else s + bias.astype(s.dtype)
     s = jnp.where(keep, s, -jnp.inf)
     p = jax.nn.softmax(s, axis=-1)
     return jnp.einsum("bhqk,bhkd->bhqd", jnp.where(keep.any(-1, keepdims=True), p, 0), x.v)
@@ -162,20 +187,31 @@ def kept(case: Case, x: Operands, selected: bool) -> Array:
 def _right(case: Case, selected: bool) -> Any:
     """One compiled function: operands -> (out, lse, error of plain same-dtype attention)."""
 
-    def right(x: Operands) -> tuple[Array, Array, Array]:
-        keep = kept(case, x, selected)
+    def right(x: Operands, pooled: PooledOperands | None) -> tuple[Array, Array, Array]:
+        keep, bias = kept(case, x, selected), None
+        if pooled is not None:
+            bias = pooled.bias[:, :, None]
+            keep = ~expand_blocks(pooled.hidden, case.block_q, case.rows, axis=2) & jnp.isfinite(bias)
         with jax.default_matmul_precision("highest"):
             scores = reference.scores(x.q, x.k, case.head_dim**-0.5)
+            scores = scores if bias is None else scores + bias
             expected, lse = reference.masked_attention(scores, keep, x.v, jnp.dtype(jnp.float32))
-            return expected, lse, jnp.abs(naive(case, x, keep).astype(jnp.float32) - expected).max()
+            return expected, lse, jnp.abs(naive(case, x, keep, bias).astype(jnp.float32) - expected).max()
 
     return jax.jit(right)
 
 
-def assert_attention(case: Case, x: Operands, got: tuple[Array, Array], selected: bool, epsilon: float = 4e-6) -> None:
+def assert_attention(
+    case: Case,
+    x: Operands,
+    got: tuple[Array, Array],
+    selected: bool,
+    pooled: PooledOperands | None = None,
+    epsilon: float = 4e-6,
+) -> None:
     """Error of out at most twice that of plain same-dtype attention, plus epsilon; LSE to 1e-5, and exactly -inf."""
     with jax.default_device(jax.devices("cpu")[0]):
-        expected, lse, yardstick = map(np.asarray, _right(case, selected)(jax.device_get(x)))
+        expected, lse, yardstick = map(np.asarray, _right(case, selected)(*jax.device_get((x, pooled))))
     out, got_lse = map(np.asarray, got)
     assert out.dtype == x.q.dtype
     assert out.shape == x.q.shape

@@ -15,8 +15,8 @@ from jax.sharding import Mesh, PartitionSpec
 
 from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention, denoise
 from models.schedulers import FlowMatchEuler
-from pallas_kernels import block_mass, block_sparse_attention, flash_attention
-from tests.kernel_cases import Case, Operands, operands
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
+from tests.kernel_cases import Case, Operands, operands, pooled_operands
 
 EVERY = ("reference", "xla", "triton", "mosaic_tpu", "mosaic_gpu")
 every = pytest.mark.parametrize("implementation", EVERY)
@@ -25,13 +25,16 @@ MESH = Mesh(np.array(jax.devices("cpu")[:1]), ("devices",))
 
 
 def kernels(x: Operands, implementation: Any) -> dict[str, Any]:
-    """All results of the three kernels."""
+    """All results of the kernels."""
     how: dict[str, Any] = {"implementation": implementation, "interpret": implementation not in ("xla", "reference")}
     blocks = {"block_q": CASE.block_q, "block_k": CASE.block_k, "block_valid": x.block_valid} | how
     out, lse = flash_attention(x.q, x.k, x.v, return_lse=True, **how)
     sparse = block_sparse_attention(x.q, x.k, x.v, x.indices, x.counts, return_lse=True, **blocks)
     mass = block_mass(x.q, x.k, lse, query_valid=x.query_valid, return_row_sum=True, **blocks)
-    return {"dense": (out, lse), "sparse": sparse, "mass": mass}
+    given = pooled_operands(CASE)
+    means = x.q, x.k, x.v, given.bias, given.kept
+    pooled = pooled_attention(*means, block_q=CASE.block_q, return_lse=True, **how)
+    return {"dense": (out, lse), "sparse": sparse, "mass": mass, "pooled": pooled}
 
 
 def compiled(implementation: str, run: Callable[..., Any]) -> Callable[..., Any]:
@@ -53,7 +56,7 @@ def test_kernels_under_x64(implementation: str) -> None:
         check_equal(compiled(implementation, run)(x), expected)
 
 
-CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.5, token_order="cube")
+CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.5, token_order="cube", compensation="pooled")
 LAYOUT = CONFIG.layout((1, 7, 9), text=5)
 
 

@@ -36,7 +36,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
 from pallas_kernels.dispatch import Implementation, backend
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -71,7 +71,7 @@ _SHARED = """
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_memory_size: 85000000000
 """
 
-KERNELS = ("dense", "block_mass", "block_sparse")
+KERNELS = ("dense", "block_mass", "block_sparse", "pooled")
 # implementation -> (architectures, dtypes)
 IMPLEMENTATIONS: dict[Implementation, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "triton": (("8.0", "9.0"), ("bfloat16", "float16", "float32")),
@@ -148,6 +148,10 @@ def call(
     if kernel == "block_mass":
         mass = lambda q, s, b: module.block_mass(MassCall(q, q, s, scale, *blocks, b, b), **options)
         return mass, [x, shape(x.shape[:3], jnp.float32), valid]
+    if kernel == "pooled":
+        means, words = shape((1, 2, 200, head_dim), dtype), shape((1, 2, 8, 7), jnp.uint32)
+        pooled = lambda q, k, s, m: module.pooled_attention(PooledCall(q, k, k, s, m, scale, block), **options)
+        return pooled, [x, means, shape(means.shape[:3], jnp.float32), words]
     sparse = lambda q, i, c, b: module.block_sparse_attention(SparseCall(q, q, q, i, c, scale, *blocks, b), **options)
     return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.tpu.static [--chip v5e] [--json rows.json]
 
-Our three kernels and the selection at full scale, beside JAX's splash and flash attention at their best blocks. A cycle
+Our kernels and the selection at full scale, beside JAX's splash and flash attention at their best blocks. A cycle
 count leaves out what DMA and semaphores make a kernel wait: it is a lower bound on time. `cycles` are those of the loop
 over whole key tiles, `masked` those of the loop over tiles with keys that are not valid, `all_in` those of a whole list
 with one such tile, with what comes before and after its loops and the tiles its length is rounded up by. `layer_ms` is
@@ -57,11 +57,11 @@ from benchmarks.tpu.schedule import CHIPS, Chip, loops, schedules, scoped_bytes,
 from models.commands.cli import run_cli
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.blocks import block_count
-from pallas_kernels.calls import DenseCall, MassCall, SparseCall
-from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
+from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, POOLED_ROWS
 from pallas_kernels.mosaic_tpu.chip import chip as tpu_chip
 from pallas_kernels.mosaic_tpu.mass import mass_tile
-from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
+from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
 TOKENS, HEADS, DENSITY = 119056, 24, 0.2
 GRID, TEXT = (33, 45, 80), 256
@@ -77,7 +77,7 @@ class Case:
     """One kernel of the table."""
 
     kernel: str
-    """dense, block_mass, select, block_sparse, gathered (the same with K and V in HBM), splash, flash or matmul."""
+    """dense, block_mass, select, block_sparse, gathered (K and V in HBM), pooled, splash, flash or matmul."""
     block: int = 128
     head_dim: int = 128
     dtype: str = "bfloat16"
@@ -94,12 +94,14 @@ class Case:
     @property
     def kept(self) -> float:
         """Share of the blocks that it computes."""
+        if self.kernel == "pooled":
+            return 1 / self.block
         return DENSITY if self.kernel in ("block_sparse", "gathered") else 1.0
 
 
 MAIN = (
     Case("dense"),
-    *(Case(kernel, block) for kernel in ("block_sparse", "block_mass", "select") for block in (128, 64)),
+    *(Case(kernel, block) for kernel in ("block_sparse", "block_mass", "select", "pooled") for block in (128, 64)),
 )
 MATRIX = (
     *MAIN,
@@ -179,10 +181,13 @@ def _peer(case: Case) -> tuple[Callable[..., Any], list[tuple[Any, ...]], float]
 
 def _tuning(case: Case, generation: int) -> tuple[int, int, TpuAttentionTuning]:
     """(tile, most tiles of a list, tuning) of an attention kernel of ours."""
-    tile = 128 if case.kernel == "dense" else case.block
-    tiles = block_count(case.tokens, tile)
-    listed = tiles if case.kernel == "dense" else int(tiles * 0.3)  # the head tier with the most
-    tuning = tpu_attention_tuning(tile, listed, jnp.dtype(case.dtype), generation)
+    whole = case.kernel in ("dense", "pooled")
+    tile = 128 if whole else case.block
+    keys = block_count(case.tokens, case.block) if case.kernel == "pooled" else case.tokens
+    tiles = block_count(keys, tile)
+    listed = tiles if whole else int(tiles * 0.3)  # the head tier with the most
+    best = tpu_pooled_tuning if case.kernel == "pooled" else tpu_attention_tuning
+    tuning = best(tile, listed, jnp.dtype(case.dtype), generation)
     if case.kernel == "gathered":
         tuning = dataclasses.replace(tuning, resident=False)
     return tile, listed, tuning
@@ -208,16 +213,21 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
         return mass, [x, x, (x[0][:3], jnp.float32), *valid], tile_q * tile_k / 128**2
     tile, listed, tuning = _tuning(case, generation)
     unroll = 2 if tuning.resident is False else tuning.unroll
-    turn = tuning.group * unroll * (tile / 128) * (128 if case.kernel == "dense" else block) / 128
+    step_rows = {"dense": 128, "pooled": POOLED_ROWS}.get(case.kernel, block)
+    turn = tuning.group * unroll * (tile / 128) * step_rows / 128
     if case.kernel == "dense":
         if case.ragged:
             x = ((1, HEADS, blocks * block, case.head_dim), dtype)
         dense = lambda q, k, v, *b: mosaic_tpu.flash_attention(DenseCall(q, k, v, scale, block, given(b)), tuning)
         return dense, [x, x, x, *valid], turn
+    rows = (1, HEADS, blocks)
+    if case.kernel == "pooled":
+        pooled = lambda q, k, v, s, m: mosaic_tpu.pooled_attention(PooledCall(q, k, v, s, m, scale, block), tuning)
+        means = ((*rows, case.head_dim), dtype)
+        return pooled, [x, means, means, (rows, jnp.float32), ((*rows, block_count(blocks, 32)), jnp.uint32)], turn
     sparse = lambda q, k, v, i, c, *b: mosaic_tpu.block_sparse_attention(
         SparseCall(q, k, v, i, c, scale, block, block, given(b)), tuning
     )
-    rows = (1, HEADS, blocks)
     return sparse, [x, x, x, ((*rows, listed), jnp.uint16), (rows, jnp.int32), *valid], turn
 
 
@@ -268,10 +278,11 @@ def _all_in(case: Case, schedule: Path, generation: int, turn: float) -> tuple[f
     found = loops(schedule)
     inner = sorted((loop for loop in found if loop.innermost), key=lambda loop: loop.matmuls)
     (outer,) = (loop for loop in found if not loop.innermost)
-    tile, _, tuning = _tuning(case, generation)
+    tile, listed, tuning = _tuning(case, generation)
     turn_tiles = 2 * tuning.group if len(inner) == 1 else tuning.unroll * tuning.group
-    tiles = round(block_count(case.tokens, tile) * case.kept)
-    turns = 0 if len(inner) == 1 else (tiles - 1) // turn_tiles
+    pooled = case.kernel == "pooled"  # every tile has a bias
+    tiles = listed if pooled else round(block_count(case.tokens, tile) * case.kept)
+    turns = 0 if len(inner) == 1 or pooled else (tiles - 1) // turn_tiles
     pairs = block_count(tiles - turns * turn_tiles, 2 * tuning.group)
     # The turn in the middle of the outer loop runs one pair of groups.
     cycles = turns * inner[-1].cycles + pairs * inner[0].cycles + outer.cycles - inner[0].cycles
@@ -283,7 +294,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     """One row of the table."""
     for path in Path(_DUMP.name).iterdir():
         path.unlink()
-    attention = case.kernel in ("dense", "block_sparse", "gathered")
+    attention = case.kernel in ("dense", "block_sparse", "gathered", "pooled")
     mesh = chip_mesh(chip)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
         generation = tpu_chip().generation
@@ -303,6 +314,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     main = max(candidates, key=lambda loop: loop.matmuls)
     cycles = (total_cycles(schedule) if case.kernel == "select" else main.cycles) / turn
     masked, all_in = _all_in(case, schedule, generation, turn) if attention else (cycles, cycles)
+    cycles = masked if case.kernel == "pooled" else cycles
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)
     reread = {"block_mass": mass_tile(case.block, case.block)[0], "splash": 1024, "flash": 2048}

@@ -23,7 +23,7 @@ WORDS = {
 LATENTS = {"prompt": "the prompts of this checkpoint are those that --embeddings FILE was made from"}
 """Of `models.sample`, with a checkpoint of latents."""
 DENSE = dict.fromkeys(
-    ("preset", "sparsity", "search_step", "dense_layer", "dense_last_steps", "share_cfg_indices"),
+    ("preset", "sparsity", "search_step", "dense_layer", "dense_last_steps", "share_cfg_indices", "compensation"),
     "it is AdaSpa's, and a --dense run skips nothing",
 )
 """Of `models.sample`, with --dense. Block size and token order stay: dense attention runs in that layout too."""

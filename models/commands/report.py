@@ -42,6 +42,8 @@ def fields_of(prompts: list[str], seed: int, config: SparseConfig, runs: dict[st
             "sparsity": config.sparsity,
             "density": float(np.mean([d.density for d in sparse.reports])),
             "recall": float(np.mean([d.recall for d in sparse.reports])),
+            "compensation": config.compensation,
+            "stand_ins": float(np.mean([d.stand_ins for d in sparse.reports])),
             "tokens": {"video": sparse.layout.video_tokens, "text": sparse.layout.text, "block": sparse.layout.block},
             "details": dataclasses.asdict(sparse.reports[0]),
         }
@@ -88,6 +90,8 @@ def summary(fields: dict[str, Any]) -> str:
         what = f"sparse steps compute {fields['density']:.1%} of the block pairs"
         if math.isfinite(fields["recall"]):
             what += f", with {fields['recall']:.0%} of the mass"
+            if fields["compensation"] != "none":
+                what += f", and stand-ins for {fields['stand_ins']:.0%}"
     elif "adaspa_seconds" in fields:
         what = "all steps or layers were dense, nothing skipped"
     else:

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 
 from pallas_kernels import triton
 from pallas_kernels.calls import Request
-from pallas_kernels.jax_triton.kernels import block_mass, block_sparse_attention, flash_attention
+from pallas_kernels.jax_triton.kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
 
-__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "unsupported"]
+__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "pooled_attention", "unsupported"]
 
 _INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 

@@ -11,7 +11,7 @@ from jax import Array
 from pallas_kernels.blocks import LOG2E
 from pallas_kernels.calls import MassCall
 from pallas_kernels.jax_triton.launch import launch
-from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_sparse
+from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_pooled, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 
@@ -38,6 +38,7 @@ def _attention_kernel(
     SPLIT: tl.constexpr,
     SPARSE: tl.constexpr,
     MASKED: tl.constexpr,
+    OF_BLOCKS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     i = tl.program_id(0)
@@ -48,6 +49,7 @@ def _attention_kernel(
     PARTS: tl.constexpr = BLOCK // TILE_K
     steps = KEYS // TILE_K
     row_list = h * LISTS + i // SPLIT
+    bias_row = row_list if OF_BLOCKS else h // HEADS
     if SPARSE:
         steps = tl.load(counts_ptr + row_list) * PARTS
     acc = tl.zeros((TILE_Q, D), tl.float32)
@@ -66,7 +68,7 @@ def _attention_kernel(
         k = tl.load(k_ptr + h * KEYS * D + keys[:, None] * D + dims[None, :])
         s = tl.dot(q, tl.trans(k), input_precision=PRECISION) * SCALE
         if MASKED:
-            s += tl.load(bias_ptr + (h // HEADS) * KEYS + keys)[None, :]
+            s += tl.load(bias_ptr + bias_row * KEYS + keys)[None, :]
         m_new = tl.maximum(m, tl.max(s, 1))
         p = tl.exp2(s - (m_new + shift)[:, None])
         shrink = tl.exp2(m - m_new)
@@ -138,7 +140,10 @@ def _attention(
     interpret: bool,
     compute_capability: int | None = None,
 ) -> tuple[Array, Array]:
-    """Dense attention, or with a table of (indices, counts) block-sparse; tokens padded to whole blocks."""
+    """Dense attention, or with a table of (indices, counts) block-sparse; tokens padded to whole blocks.
+
+    The bias is [B, Nk], or [B, H, query blocks, Nk].
+    """
     (batch, heads, rows, dim), keys = q.shape, k.shape[2]
     tile_q, tile_k = min(block_q, tuning.tile_q), min(block_k, tuning.tile_k)
     none = jnp.zeros((1,), jnp.int32)
@@ -164,6 +169,7 @@ def _attention(
         SPLIT=block_q // tile_q,
         SPARSE=table is not None,
         MASKED=bias is not None,
+        OF_BLOCKS=bias is not None and bias.ndim == 4,
         PRECISION=_kernel_precision(q.dtype, interpret),
     )
     return out, lse
@@ -209,6 +215,7 @@ def _mass(
 
 flash_attention = functools.partial(padded_dense, _attention)
 block_sparse_attention = functools.partial(padded_sparse, _attention)
+pooled_attention = functools.partial(padded_pooled, _attention)
 
 
 def block_mass(call: MassCall, tuning: TritonTuning | None = None, **options: Any) -> tuple[Array, Array]:

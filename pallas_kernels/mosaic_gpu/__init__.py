@@ -4,10 +4,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import gpu_capability
-from pallas_kernels.mosaic_gpu.attention import block_sparse_attention, flash_attention
+from pallas_kernels.mosaic_gpu.attention import block_sparse_attention, flash_attention, pooled_attention
 from pallas_kernels.mosaic_gpu.mass import block_mass
 
-__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "unsupported"]
+__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "pooled_attention", "unsupported"]
 
 
 def unsupported(request: Request) -> str | None:

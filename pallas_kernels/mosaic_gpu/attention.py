@@ -1,10 +1,10 @@
-"""Attention on Hopper, dense and over lists of key blocks: arrays padded to tiles, lists, and the choice of kernel."""
+"""Attention on Hopper, dense, over lists of key blocks, over pooled keys: padding, lists, and the choice of kernel."""
 
 import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import merge_heads, numbers, pad_tokens
-from pallas_kernels.calls import DenseCall, SparseCall
+from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, every_tile, tile_bias
@@ -56,4 +56,18 @@ def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = No
     shape = Shape.of(q, tile, tiles, call.scale, **options)
     lists = {"entries": merge_heads(entries), "counts": merge_heads(counts)}
     out, lse = _attention(q, k, v, shape, lists, bias, call.interpret)
+    return out[:, :, :rows], lse[:, :, :rows]
+
+
+def pooled_attention(call: PooledCall, tuning: MosaicGpuTuning | None = None) -> tuple[Array, Array]:
+    """Attention over pooled keys; see `pallas_kernels.pooled_attention`."""
+    rows, dim = call.q.shape[2:]
+    tuning = tuning or mosaic_gpu_tuning("dense", dim)
+    tile, block = tuning.tile_k, call.block_q
+    q, k, v = pad_tokens(call.q, max(block, 2 * ROWS)), pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    # The kernel adds the bias to scores that it then scales.
+    bias = merge_heads(call.pair_bias(q.shape[2] // block, k.shape[2], 1 / call.scale))
+    options = {"rows": 2 * ROWS, "stages": tuning.stages, "masked": False, "bias_rows": block}
+    shape = Shape.of(q, tile, k.shape[2] // tile, call.scale, **options)
+    out, lse = _attention(q, k, v, shape, {}, bias, call.interpret)
     return out[:, :, :rows], lse[:, :, :rows]

@@ -13,7 +13,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import FLOOR
-from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, row_vector, slot_of, tile_memory
+from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, over_rows, row_vector, slot_of, tile_memory
 from pallas_kernels.mosaic_gpu.softmax import finish, softmax
 
 
@@ -31,7 +31,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
     @pl.when(group < 2)
     def _consume() -> None:
         gpu.set_max_registers(232, action="increase")
-        mine = pl.ds(row * shape.rows + group * ROWS, ROWS)
+        first = row * shape.rows + group * ROWS
+        mine = pl.ds(first, ROWS)
         q, lse = q_smem.at[group], lse_smem.at[group]
         gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
         gpu.barrier_wait(q_ready.at[group])
@@ -48,12 +49,13 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
             def scores(acc_ref: Any) -> Array:
                 gpu.wgmma(acc_ref, q, k_smem.at[slot].T)
+                bias = tiles.bias_of(refs.get("bias"), first, entry)
                 take_turns()
-                return acc_ref[...]
+                return acc_ref[...] if bias is None else acc_ref[...] + over_rows(bias, ROWS)
 
             s = gpu.run_scoped(scores, plgpu.ACC((ROWS, shape.tile), jnp.float32))
             gpu.barrier_arrive(k_free.at[slot])
-            s = tiles.mask(s, entry, refs.get("bias"))
+            s = s if shape.bias_rows else tiles.mask(s, entry, refs.get("bias"))
             p, m, total, acc = softmax(s, m, total, acc, shape.scale)
             narrow = p.astype(shape.dtype)
             total += p.sum(axis=1)

@@ -40,6 +40,8 @@ class Shape:
     """Whether any tile may be partial."""
     split: int = 1
     """Programs that share one list."""
+    bias_rows: int = 0
+    """Query rows that share a row of the bias [B * H, query blocks, Nk]; 0: it is [B, Nk], for partial tiles alone."""
     sparse: bool = False
     """Lists are of a query block, counts vary; else one list a batch row serves all, and every tile is on it."""
 
@@ -64,12 +66,17 @@ def over_columns(x: Array, columns: int) -> Array:
     return lax.broadcast_in_dim(x, (ROWS, columns), [0])
 
 
+def over_rows(x: Array, rows: int) -> Array:
+    """[rows, columns] of one number a column."""
+    return lax.broadcast_in_dim(x, (rows, *x.shape), [1])
+
+
 class TileList:
     """The key tiles of one program, read from device memory an entry ahead of their use."""
 
     def __init__(self, gpu: Any, shape: Shape, entries: Any, counts: Any, head: Array, row: Array):
         self.gpu, self.shape, self.entries = gpu, shape, entries
-        self.batch = lax.div(head, np.int32(shape.heads))
+        self.head, self.batch = head, lax.div(head, np.int32(shape.heads))
         self.key = (head, lax.div(row, np.int32(shape.split))) if shape.sparse else (self.batch,)
         self.length = counts[self.key] if shape.sparse else shape.tiles
 
@@ -83,16 +90,21 @@ class TileList:
         """First key to load."""
         return jnp.minimum(lax.shift_right_logical(entry, np.int32(1)), self.shape.tiles - 1) * self.shape.tile
 
+    def _bias(self, bias: Any, row: tuple[Any, ...], entry: Array) -> Array:
+        keys = pl.ds(lax.shift_right_logical(entry, np.int32(1)) * self.shape.tile, self.shape.tile)
+        return self.gpu.load(bias.at[(*row, keys)], layout=plgpu.Layout.WGMMA.reduce(0))
+
+    def bias_of(self, bias: Any, first: Array, entry: Array) -> Array | None:
+        """The bias of a tile for the query rows from `first` on, [tile]; None unless query blocks have their own."""
+        if not self.shape.bias_rows:
+            return None
+        return self._bias(bias, (self.head, lax.div(first, np.int32(self.shape.bias_rows))), entry)
+
     def mask(self, s: Array, entry: Array, bias: Any) -> Array:
         """Adds the bias row if the tile is partial."""
         if bias is None:
             return s
-
-        def partial(s: Array) -> Array:
-            keys = pl.ds(lax.shift_right_logical(entry, np.int32(1)) * self.shape.tile, self.shape.tile)
-            row = self.gpu.load(bias.at[self.batch, keys], layout=plgpu.Layout.WGMMA.reduce(0))
-            return s + lax.broadcast_in_dim(row, s.shape, [1])
-
+        partial = lambda s: s + over_rows(self._bias(bias, (self.batch,), entry), s.shape[0])
         return lax.cond((entry & 1) == 1, partial, lambda s: s, s)
 
 

@@ -4,10 +4,10 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels.calls import Request
-from pallas_kernels.mosaic_tpu.calls import block_sparse_attention, flash_attention
+from pallas_kernels.mosaic_tpu.calls import block_sparse_attention, flash_attention, pooled_attention
 from pallas_kernels.mosaic_tpu.mass import block_mass
 
-__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "unsupported"]
+__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "pooled_attention", "unsupported"]
 
 _BLOCKS = (64, 128, 256)
 

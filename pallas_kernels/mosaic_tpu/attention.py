@@ -50,8 +50,9 @@ class _Softmax:
         self.acc[...] = jnp.zeros_like(self.acc)
 
     def _bias(self, position: Any) -> Array:
+        """[1, keys], or [query blocks, 1, keys]."""
         row = lax.div(self.table[0, HEADER + position], np.int32(self.tile))
-        return self.bias[pl.ds(jnp.minimum(row, self.bias.shape[0] - 1), 1), :]
+        return self.bias[..., pl.ds(jnp.minimum(row, self.bias.shape[-2] - 1), 1), :]
 
     def mask(self, scores: Any, products: Any, position: Any) -> None:
         """Writes `products` [rows, keys] of the group of tiles at `position` to `scores`, plus bias."""
@@ -63,7 +64,9 @@ class _Softmax:
                 # Two tiles of 64: the bias rows hold theirs twice.
                 left = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) < self.tile
                 row = jnp.where(left, row, self._bias(first + 1))
-            scores[:, i : i + width] = products[:, i : i + width] + row
+            part = products[:, i : i + width]
+            by_block = part if row.ndim == 2 else part.reshape(row.shape[0], -1, width)
+            scores[:, i : i + width] = (by_block + row).reshape(part.shape)
 
     def step(self, scores: Any, values: Array) -> None:
         """Takes in a group of tiles: `scores` [rows, keys] in VMEM, `values` [keys, D]."""
@@ -203,7 +206,9 @@ def attention(
         many pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
         alone. Then come the entries, the first key of a tile, plus DROPPED if it does not count; `tuning.slack` or more
         of those at the end.
-      bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all.
+      bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all. With a
+        bias of their own for smaller query blocks, an equal number in `rows` rows, and a tile of 128 or more keys:
+        [B*H, query blocks, Nk / tile + 1, tile].
       rows: of a query block.
       tile: keys of a tile.
       heads: H.
@@ -237,7 +242,11 @@ def attention(
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
         scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), k.dtype), pltpu.SemaphoreType.DMA((2,))]
     operands.append(bias)
-    specs.append(pl.BlockSpec((None, *bias.shape[1:]), lambda h, i: (lax.div(h, np.int32(heads)), 0, 0), **once()))
+    if bias.ndim == 3:
+        of_batch = lambda h, i: (lax.div(h, np.int32(heads)), 0, 0)
+        specs.append(pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once()))
+    else:
+        specs.append(pl.BlockSpec((None, bias.shape[1] // blocks, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),

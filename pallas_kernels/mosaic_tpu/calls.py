@@ -1,4 +1,4 @@
-"""Attention on a TPU, dense and over lists of key blocks: what memory K and V go to, their lists, the kernel."""
+"""Attention on a TPU, dense, over lists of key blocks, over pooled keys: where K and V go, their lists, the kernel."""
 
 from typing import Any
 
@@ -6,12 +6,14 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count, lookup, merge_heads, numbers, pad_tokens, partial_first
-from pallas_kernels.calls import DenseCall, SparseCall
+from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
-from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning
+from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
+POOLED_ROWS = 512
+"""Of a step over pooled keys, several query blocks: for so few keys a step's beginning and end would cost the most."""
 GATHERED_ROWS = 512
 """Of a dense query block where K and V come from HBM: fewer would wait for them."""
 
@@ -62,4 +64,22 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
     resident = _resident(k, call.block_q, tile, tuning)
     options = {"rows": call.block_q, "tile": tile, "scale": call.scale}
+    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+
+
+def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
+    """Attention over pooled keys; see `pallas_kernels.pooled_attention`."""
+    q, nk, tile = call.q, call.k.shape[2], 128
+    tuning = tuning or tpu_pooled_tuning(tile, block_count(nk, tile), q.dtype, chip().generation)
+    k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    tiles = k.shape[2] // tile
+    # The kernel adds the bias to scores that it then scales.
+    together = POOLED_ROWS // call.block_q
+    rows, query_blocks = together * call.block_q, together * block_count(call.kept.shape[2], together)
+    bias = call.pair_bias(query_blocks, (tiles + 1) * tile, 1 / call.scale)
+    bias = merge_heads(bias).reshape(-1, bias.shape[2], tiles + 1, tile)
+    order = jnp.broadcast_to(tile * numbers(tiles, 4), (q.shape[0], 1, 1, tiles))
+    lists = order, jnp.full(order.shape, True), jnp.full(order.shape, False)
+    resident = _resident(k, rows, tile, tuning)
+    options = {"rows": rows, "tile": tile, "scale": call.scale}
     return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)

@@ -2,9 +2,9 @@
 
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import gpu_capability
-from pallas_kernels.triton.kernels import block_mass, block_sparse_attention, flash_attention
+from pallas_kernels.triton.kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
 
-__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "unsupported"]
+__all__ = ["block_mass", "block_sparse_attention", "flash_attention", "pooled_attention", "unsupported"]
 
 
 def unsupported(request: Request) -> str | None:

@@ -1,4 +1,4 @@
-"""Pallas-Triton kernels for Ampere and later: dense with LSE, block mass, block-sparse with LSE.
+"""Pallas-Triton kernels for Ampere and later: dense, block mass, block-sparse, over pooled keys.
 
 One program serves one tile of query rows and loops over its key tiles, all of them or the selected ones. Scores are
 kept in base 2: exp2(s * log2(e)) is one multiply-add and one instruction.
@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import varying
 from pallas_kernels.blocks import FLOOR, LOG2E, merge_heads
 from pallas_kernels.calls import MassCall
-from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_sparse
+from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_pooled, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 
@@ -119,18 +119,23 @@ def _attention(
     tuning: TritonTuning,
     interpret: bool,
 ) -> tuple[Array, Array]:
-    """Dense attention, or with a table of (indices, counts) block-sparse; tokens padded to whole blocks."""
+    """Dense attention, or with a table of (indices, counts) block-sparse; tokens padded to whole blocks.
+
+    The bias is [B, Nk], or [B, H, query blocks, Nk].
+    """
     batch, heads, rows, dim = q.shape
     tile_q, tile_k, keys = min(block_q, tuning.tile_q), min(block_k, tuning.tile_k), k.shape[2]
     # Tiles of one head come one after the other, so that its keys stay in the L2 cache.
     row_spec = pl.BlockSpec((None, tile_q, dim), lambda i, h: (h, i, 0))
     key_spec = pl.BlockSpec((None, keys, dim), lambda i, h: (h, 0, 0))
     inputs = {"q": (merge_heads(q), row_spec), "k": (merge_heads(k), key_spec), "v": (merge_heads(v), key_spec)}
-    if bias is not None:
+    split = block_q // tile_q
+    if bias is not None and bias.ndim == 2:
         inputs["bias"] = bias, pl.BlockSpec((None, keys), lambda i, h: (h // heads, 0))
+    elif bias is not None:
+        inputs["bias"] = merge_heads(bias), pl.BlockSpec((None, None, keys), lambda i, h: (h, i // split, 0))
     if table is not None:
         indices, counts = table
-        split = block_q // tile_q
         inputs["indices"] = (
             merge_heads(indices),
             pl.BlockSpec((None, None, indices.shape[3]), lambda i, h: (h, i // split, 0)),
@@ -204,6 +209,7 @@ def _mass(
 
 flash_attention = functools.partial(padded_dense, _attention)
 block_sparse_attention = functools.partial(padded_sparse, _attention)
+pooled_attention = functools.partial(padded_pooled, _attention)
 
 
 def block_mass(call: MassCall, tuning: TritonTuning | None = None) -> tuple[Array, Array]:

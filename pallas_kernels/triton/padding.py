@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import LOG2E, key_bias, pad_tokens
-from pallas_kernels.calls import DenseCall, MassCall, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 Kernel = Callable[..., tuple[Array, Array]]
@@ -37,6 +37,17 @@ def padded_sparse(attention: Kernel, call: SparseCall, tuning: TritonTuning | No
     table = call.indices, jnp.clip(call.counts, 0, call.indices.shape[3]).astype(jnp.int32)
     options |= {"block_q": call.block_q, "block_k": call.block_k, "scale": call.scale, "interpret": call.interpret}
     out, lse = attention(q, k, v, bias, table, tuning=tuning, **options)
+    return out[:, :, :rows], lse[:, :, :rows]
+
+
+def padded_pooled(attention: Kernel, call: PooledCall, tuning: TritonTuning | None = None, **options: Any) -> Any:
+    """Attention over pooled keys by `attention` as above: dense, with a bias [B, H, nq, Nk] of query blocks."""
+    rows, block = call.q.shape[2], call.block_q
+    tuning = tuning or triton_tuning("dense", call.q.dtype, call.q.shape[3])
+    q, k, v = pad_tokens(call.q, block), pad_tokens(call.k, tuning.tile_k), pad_tokens(call.v, tuning.tile_k)
+    bias = call.pair_bias(q.shape[2] // block, k.shape[2], LOG2E)
+    options |= {"block_q": block, "block_k": tuning.tile_k, "scale": call.scale, "interpret": call.interpret}
+    out, lse = attention(q, k, v, bias, None, tuning=tuning, **options)
     return out[:, :, :rows], lse[:, :, :rows]
 
 

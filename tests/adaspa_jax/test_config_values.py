@@ -72,6 +72,6 @@ def test_a_run_with_nothing_to_measure_has_a_report(options: dict[str, Any]) -> 
     layout = config.layout((1, 4, 8))
     state = SparseState.create(layout, config, batch=1, heads=2, layers=2)
     nothing = np.zeros((3, 2, 1, 2), np.float32)
-    report = summarize(state, History(nothing, nothing), layout, config)
+    report = summarize(state, History(nothing, nothing, nothing), layout, config)
     assert json_values(report)["recall"] is None
     json.dumps(json_values(report), allow_nan=False)

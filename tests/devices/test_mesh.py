@@ -45,21 +45,26 @@ def test_on_eight_devices(which: str) -> None:
 
 
 CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.6)
+POOLED = dataclasses.replace(CONFIG, compensation="pooled")
 MESHES = [
     # data, heads, rows, heads of the model, frames
-    (1, 8, 1, 8, 3),
-    (2, 2, 2, 8, 5),
-    (2, 4, 1, 8, 3),
-    (1, 4, 2, 12, 3),
-    (1, 2, 4, 6, 3),
+    (CONFIG, 1, 8, 1, 8, 3),
+    (CONFIG, 2, 2, 2, 8, 5),
+    (CONFIG, 2, 4, 1, 8, 3),
+    (CONFIG, 1, 4, 2, 12, 3),
+    (CONFIG, 1, 2, 4, 6, 3),
+    (POOLED, 1, 4, 2, 8, 3),
+    pytest.param(POOLED, 2, 2, 2, 8, 5, marks=pytest.mark.matrix),
 ]
 
 
 @eight
-@pytest.mark.parametrize(("data", "heads", "rows", "of_model", "frames"), MESHES)
-def test_attention_and_its_state(data: int, heads: int, rows: int, of_model: int, frames: int) -> None:
+@pytest.mark.parametrize(("config", "data", "heads", "rows", "of_model", "frames"), MESHES)
+def test_attention_and_its_state(
+    config: SparseConfig, data: int, heads: int, rows: int, of_model: int, frames: int
+) -> None:
     """Every step kind, ragged text, batch 2, on a mesh with Explicit axes."""
-    layout = CONFIG.layout((frames, 9, 11), text=21)
+    layout = config.layout((frames, 9, 11), text=21)
     mesh = Mesh(
         np.array(jax.devices()).reshape(data, heads, rows),
         ("data", "heads", "rows"),
@@ -73,11 +78,11 @@ def test_attention_and_its_state(data: int, heads: int, rows: int, of_model: int
 
     def step(sharding: Any, kind: StepKind, q: Any, state: Any) -> Any:
         return adaspa_attention(
-            q, k, v, state, kind, layout=layout, config=CONFIG, block_valid=valid, sharding=sharding
+            q, k, v, state, kind, layout=layout, config=config, block_valid=valid, sharding=sharding
         )
 
-    alone = SparseState.create(layout, CONFIG, 2, of_model)
-    create = lambda: SparseState.create(layout, CONFIG, 2, of_model, sharding=sharding)
+    alone = SparseState.create(layout, config, 2, of_model)
+    create = lambda: SparseState.create(layout, config, 2, of_model, sharding=sharding)
     spread = jax.jit(create, out_shardings=SparseState.shardings(sharding, layers=False))()
     for i, kind in enumerate((StepKind.FUSED_SEARCH, StepKind.SPARSE, StepKind.CACHED_SEARCH, StepKind.SPARSE)):
         moved = q * (1 + 0.1 * i)
@@ -85,13 +90,16 @@ def test_attention_and_its_state(data: int, heads: int, rows: int, of_model: int
         got, spread = jax.jit(functools.partial(step, sharding, kind))(moved, spread)
         np.testing.assert_allclose(np.asarray(got)[:, real], np.asarray(expected)[:, real], atol=1e-5)
     places, blocks = np.asarray(spread.places), layout.video_blocks
-    for name in ("recall", "drift"):
+    for name in ("recall", "drift", "stand_ins"):
         np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), atol=2e-6)
     counts = np.take_along_axis(np.asarray(alone.counts), places[:, :, None], 1)
     indices = np.take_along_axis(np.asarray(alone.indices), places[:, :, None, None], 1)
     np.testing.assert_array_equal(spread.counts[:, :, :blocks], counts)
     used = np.arange(indices.shape[-1]) < counts[..., None]
     np.testing.assert_array_equal(np.where(used, spread.indices[:, :, :blocks], 0), np.where(used, indices, 0))
+    assert bool(alone.row_bias.any()) == (config.compensation == "pooled")
+    for name, ours in {"row_bias": spread.row_bias[:, :, :blocks], "col_bias": spread.col_bias}.items():
+        np.testing.assert_allclose(ours, np.take_along_axis(getattr(alone, name), places[:, :, None], 1), atol=2e-5)
     loads = counts[:, :, 0].reshape(2, heads, -1).sum(-1)
     assert len(set(counts[0, :, 0])) > 1  # the tiers differ
     # Exact for an even number of heads a device; three of one device cannot be made of easy and hard alone.

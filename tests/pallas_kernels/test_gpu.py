@@ -7,10 +7,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels import block_mass, block_sparse_attention, flash_attention, resolve_implementation
+from pallas_kernels import (
+    block_mass,
+    block_sparse_attention,
+    flash_attention,
+    pooled_attention,
+    resolve_implementation,
+)
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import choose
-from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands
+from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands, pooled_operands
 
 pytestmark = [
     pytest.mark.gpu,
@@ -25,6 +31,8 @@ def prepare(case: Case, dtype: str, implementation: str, kernel: str) -> Case:
     """The case in `dtype`, or a skip; memory that outputs may get is filled with NaN before."""
     case = dataclasses.replace(case, dtype=dtype)
     blocks = {} if kernel == "flash_attention" else {"block_q": case.block_q, "block_k": case.block_k}
+    if kernel == "pooled_attention":
+        del blocks["block_k"]
     try:
         choose(implementation, Request(kernel, jnp.dtype(dtype), case.head_dim, **blocks))  # type: ignore[arg-type]
     except NotImplementedError as reason:
@@ -81,6 +89,17 @@ def test_block_mass(case: Case, dtype: str, implementation) -> None:
         right = run("reference")(*jax.device_get((x.q, x.k, lse)))
     for got, expected in zip(run(implementation)(x.q, x.k, lse), right, strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-4, atol=1e-5)
+
+
+@each
+@dtypes
+@every
+def test_pooled_attention(case: Case, dtype: str, implementation) -> None:
+    case = prepare(case, dtype, implementation, "pooled_attention")
+    x, pooled = operands(case), pooled_operands(case)
+    options = {"block_q": case.block_q, "return_lse": True, "implementation": implementation}
+    run = jax.jit(lambda *a: pooled_attention(*a, **options))
+    assert_attention(case, x, run(x.q, x.k, x.v, pooled.bias, pooled.kept), selected=False, pooled=pooled)
 
 
 @pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu"])

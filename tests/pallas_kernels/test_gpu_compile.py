@@ -76,7 +76,7 @@ import functools, sys
 import benchmarks.gpu.compiled as g
 import jax, jax.numpy as jnp, numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec as P
-from pallas_kernels import block_mass, block_sparse_attention, flash_attention
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
 
 implementation, arch = sys.argv[1:]
 g.os.environ["PATH"] += g.os.pathsep + str(g.cuda_root() / "bin")
@@ -85,6 +85,8 @@ def attention(q, indices, counts, lse):
     blocks = {"block_q": 64, "block_k": 64, "implementation": implementation}
     out, lse = flash_attention(q, q, q, return_lse=True, implementation=implementation)
     mass = block_mass(q, q, lse, **blocks)
+    kept = jnp.zeros((*q.shape[:2], 16, 32), jnp.uint32)
+    out += pooled_attention(q, q, q, lse, kept, block_q=64, implementation=implementation)
     return block_sparse_attention(q, q, q, indices, counts, **blocks) + out, mass
 
 shape = lambda batch: [

@@ -6,8 +6,17 @@ import numpy as np
 import pytest
 import torch
 
-from pallas_kernels import block_mass, block_sparse_attention, flash_attention
-from tests.kernel_cases import CASES, IMPLEMENTATIONS, Case, assert_attention, how, in_matrix, operands
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
+from tests.kernel_cases import (
+    CASES,
+    IMPLEMENTATIONS,
+    Case,
+    assert_attention,
+    how,
+    in_matrix,
+    operands,
+    pooled_operands,
+)
 
 every = pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 # XLA, which people run on a CPU, on all cases always.
@@ -57,6 +66,15 @@ def test_block_mass(case: Case, implementation) -> None:
     np.testing.assert_allclose(mass, expected, rtol=2e-5, atol=1e-6)
     np.testing.assert_allclose(row_sum, expected_sum, rtol=2e-5, atol=1e-6)
     assert row_sum[0, 0, 0] == 0
+
+
+@each
+def test_pooled_attention(case: Case, implementation) -> None:
+    skip_unserved(case, implementation, "pooled_attention")
+    x, pooled = operands(case), pooled_operands(case)
+    options = {"block_q": case.block_q, "return_lse": True, **how(implementation)}
+    run = jax.jit(lambda *a: pooled_attention(*a, **options))
+    assert_attention(case, x, run(x.q, x.k, x.v, pooled.bias, pooled.kept), selected=False, pooled=pooled)
 
 
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
@@ -137,6 +155,12 @@ def test_memory_is_linear_in_the_sequence(implementation) -> None:
             jax.jit(lambda q: flash_attention(q, q, q, **how(implementation))).lower(q),
             jax.jit(lambda q, s: block_mass(q, q, s, **blocks)).lower(q, lse),
             jax.jit(lambda q, i, c: block_sparse_attention(q, q, q, i, c, **blocks)).lower(q, indices, counts),
+            jax.jit(lambda q, k, b, m: pooled_attention(q, k, k, b, m, block_q=64, **how(implementation))).lower(
+                q,
+                jax.ShapeDtypeStruct((1, 2, n // 64, 64), jnp.float32),
+                jax.ShapeDtypeStruct((1, 2, n // 64), jnp.float32),
+                jax.ShapeDtypeStruct((1, 2, n // 64, n // 64 // 32), jnp.uint32),
+            ),
         )
         return [low.compile().memory_analysis().temp_size_in_bytes for low in lowered]
 
@@ -158,6 +182,7 @@ def test_work_follows_the_counts(implementation) -> None:
 
 
 Q = jnp.zeros((1, 2, 128, 8))
+BIAS, KEPT = jnp.zeros((1, 2, 128)), jnp.zeros((1, 2, 2, 4), jnp.uint32)
 INDICES, COUNTS = jnp.zeros((1, 2, 2, 1), jnp.uint16), jnp.zeros((1, 2, 2), jnp.int32)
 SPARSE = {"block_q": 64, "block_k": 64}
 MISFITS = {
@@ -176,6 +201,15 @@ MISFITS = {
         r"\[1, 2, 2\]; got int32\[1, 2, 1\]",
     ),
     "indices": (lambda: block_sparse_attention(Q, Q, Q, INDICES * 1.0, COUNTS, **SPARSE), "indices must be integers"),
+    "bias": (
+        lambda: pooled_attention(Q, Q, Q, BIAS[:, :, 1:], KEPT, block_q=64),
+        r"bias must be float32\[1, 2, 128\]; got float32\[1, 2, 127\]",
+    ),
+    "kept": (
+        lambda: pooled_attention(Q, Q, Q, BIAS, KEPT[..., :3], block_q=64),
+        r"kept must be uint32\[1, 2, 2, 4\]; got uint32\[1, 2, 2, 3\]",
+    ),
+    "scale": (lambda: pooled_attention(Q, Q, Q, BIAS, KEPT, block_q=64, scale=0.0), "scale=0.0 must be positive"),
     "lse": (lambda: block_mass(Q, Q, Q[..., :4, 0], block_q=64, block_k=64), r"lse must be float32 .* \[1, 2, 128\]"),
 }  # fmt: skip
 

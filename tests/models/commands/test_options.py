@@ -33,6 +33,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "token_order": ["--token-order", "raster"],
         "dense_layer": ["--dense-layer", 0],
         "dense_last_steps": ["--dense-last-steps", 1],
+        "compensation": ["--compensation", "pooled"],
         "dtype": ["--dtype", "bfloat16"],
         "dense": ["--dense"],
         "compare": ["--compare"],

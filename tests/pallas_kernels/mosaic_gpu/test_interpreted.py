@@ -11,10 +11,10 @@ import pytest
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import block_mass, block_sparse_attention, flash_attention
+from pallas_kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
 from pallas_kernels.mosaic_gpu import interpret as mosaic_interpret
 from pallas_kernels.mosaic_gpu.interpret import KernelError
-from tests.kernel_cases import CASES, FULL, GPU_CASES, Case, assert_attention, in_matrix, operands
+from tests.kernel_cases import CASES, FULL, GPU_CASES, Case, assert_attention, in_matrix, operands, pooled_operands
 
 HOW: dict[str, Any] = {"implementation": "mosaic_gpu", "interpret": True}
 SHORT = [case for case in GPU_CASES if case.rows <= 1024]
@@ -68,6 +68,15 @@ def test_block_mass(case: Case, dtype: str, first: bool, monkeypatch) -> None:
     right = jax.jit(lambda *a: block_mass(*a, **blocks, implementation="reference"))(x.q, x.k, lse)
     for got, expected in zip(block_mass(x.q, x.k, lse, **blocks, **HOW), right, strict=True):
         np.testing.assert_allclose(got, expected, rtol=2e-5, atol=1e-6)
+
+
+@each
+def test_pooled_attention(case: Case, dtype: str, first: bool, monkeypatch) -> None:
+    case = prepare(case, dtype, first, "pooled_attention", monkeypatch)
+    case = dataclasses.replace(case, keys=min(case.keys, 300))
+    x, pooled = operands(case), pooled_operands(case)
+    got = pooled_attention(x.q, x.k, x.v, pooled.bias, pooled.kept, block_q=case.block_q, return_lse=True, **HOW)
+    assert_attention(case, x, got, selected=False, pooled=pooled)
 
 
 @pytest.mark.parametrize("block", [64, 128])
