@@ -188,6 +188,7 @@ def convert(
     """
     source = open_source(src, follow_links)
     _check_destination(source, dst, overwrite)
+    source.say_beside()
     dtype = np.dtype(dtype or source.dtype)
     _check_space(source, dst, dtype)
     with silenced(), _staged(dst) as stage:

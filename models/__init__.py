@@ -1,10 +1,12 @@
 """Flax ports of video diffusion transformers, their schedulers and pipelines."""
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from models.checkpoint.loading import Placement, Progress
+    from models.checkpoint.lora_file import LoraLike
     from models.transformers.base import VideoTransformer
 
 __all__ = ["from_pretrained"]
@@ -17,6 +19,7 @@ def from_pretrained(
     progress: "Progress | None" = None,
     *,
     follow_links: bool = False,
+    loras: "Sequence[LoraLike]" = (),
 ) -> "VideoTransformer":
     """Loads a transformer; see `models.checkpoint.loading.from_pretrained`.
 
@@ -24,4 +27,4 @@ def from_pretrained(
     """
     from models.checkpoint import loading
 
-    return loading.from_pretrained(path, dtype, sharding, progress, follow_links=follow_links)
+    return loading.from_pretrained(path, dtype, sharding, progress, follow_links=follow_links, loras=loras)

@@ -74,7 +74,7 @@ def _check(given: dict[str, Any]) -> None:
 
 
 def main(
-    checkpoint: Annotated[Path, typer.Option(help="converted folder, or a diffusers pipeline folder")],
+    checkpoint: Annotated[Path, typer.Option(help="diffusers pipeline folder, converted folder, or file of a model")],
     prompt: Annotated[list[str] | None, typer.Option(help="what to show, with a word encoder; repeatable")] = None,
     embeddings: Annotated[Path | None, typer.Option(help="file of models.encode_prompt")] = None,
     frames: Annotated[int | None, typer.Option(help="frames of the video; default: the model's")] = None,
@@ -108,6 +108,15 @@ def main(
     shift: Annotated[
         float | None, typer.Option(help="time shift of a flow scheduler; default: the checkpoint's")
     ] = None,
+    lora: Annotated[
+        list[str] | None, typer.Option(help="FILE or FILE:SCALE, a LoRA to merge, into both experts of two; repeatable")
+    ] = None,
+    lora_high_noise: Annotated[
+        list[str] | None, typer.Option(help="the same into Wan 2.2's first expert alone; repeatable")
+    ] = None,
+    lora_low_noise: Annotated[
+        list[str] | None, typer.Option(help="the same into its second expert alone; repeatable")
+    ] = None,
     vae: Annotated[Path | None, typer.Option(help="folder of the VAE; default: that of CHECKPOINT, if any")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32 or bfloat16; default: the checkpoint's")] = None,
     dense: Annotated[bool, typer.Option("--dense", help="dense attention only")] = False,
@@ -130,6 +139,7 @@ def main(
     """Samples one video for each prompt."""
     given = dict(locals())
     _check(given)
+    from models.commands.loras import parse_loras
     from models.commands.report import summary
     from models.commands.runs import Options, Runs
     from models.pipeline.guidance import Guidance
@@ -150,6 +160,7 @@ def main(
         follow_links,
         mesh,
         "sharded" if weights == "sharded" else "replicated",
+        parse_loras(given),
     )
     words = takes_words(checkpoint)
     if words:

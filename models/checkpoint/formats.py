@@ -1,11 +1,13 @@
 """Names the format of weights by their keys, whatever wraps them, and brings them under diffusers' keys."""
 
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 from models.checkpoint import cogvideox_keys, hunyuan_keys, wan_keys
+from models.checkpoint.gguf_file import GGUFTensor
 from models.checkpoint.key_moves import Format, TensorView, move
 from models.checkpoint.safetensors_folder import CheckpointError
 
@@ -25,7 +27,7 @@ _NOT_PORTED = {
 }
 """Keys of relatives of the supported transformers -> what they are."""
 _LORA_KEY = re.compile(r"(?:.*[._])?(?:lora_(?:A|B|up|down)\b|hada_w|lokr_w).*|.*\.alpha")
-_FP8_KEY = re.compile(r"(?:.*\.)?(?:scaled_fp8|(?:scale_weight|weight_scale(?:_inv)?)(?:\..*)?)")
+_SCALE_KEY = re.compile(r"(?:.*\.)?(?:scale_weight|weight_scale(?:_inv|_2)?)(?:\..*)?")
 _QUANTISED_KEY = re.compile(r"(?:.*\.)?(?:qweight|qzeros|absmax|quant_map|quant_state\..*)")
 
 
@@ -57,15 +59,38 @@ def refuse_keys(path: Path, keys: Iterable[str]) -> None:
     for key in keys:
         if _LORA_KEY.fullmatch(key):
             raise CheckpointError(
-                f"{path} is a LoRA (it has {key!r}), no transformer; merge it into its base model and give that"
+                f"{path} is a LoRA (it has {key!r}), no transformer; give its base model, and this with --lora, or "
+                "loras=[(path, scale)] in Python"
             )
-        if _FP8_KEY.fullmatch(key):
-            raise CheckpointError(f"{path} is quantised to fp8 (it has {key!r}); give the unquantised weights")
-        if _QUANTISED_KEY.fullmatch(key):
-            raise CheckpointError(f"{path} is quantised (it has {key!r}); give the unquantised weights")
+        if _SCALE_KEY.fullmatch(key) or _QUANTISED_KEY.fullmatch(key):
+            raise CheckpointError(
+                f"{path} is quantised in a way that is not read (it has {key!r}); read are fp8 with one scale a weight "
+                "or a row, and GGUF: give one of those or the unquantised weights"
+            )
         for pattern, kind in _NOT_PORTED.items():
             if re.fullmatch(pattern, key):
                 raise CheckpointError(f"{path} is a checkpoint {kind} (it has {key!r})")
+
+
+def _find(path: Path, tensors: Mapping[str, TensorView]) -> tuple[str, Format] | None:
+    """(prefix, format) of the one transformer among the tensors; None: no known format. Raises CheckpointError."""
+    found: dict[str, Format] = {}
+    for known in FORMATS:
+        for prefix in prefixes(tensors, known.marks):
+            if prefix not in found and known.fits(under(tensors, prefix)):
+                found[prefix] = known
+    if len(found) > 1:
+        raise several_models(path, sorted(found))
+    return next(iter(found.items()), None)
+
+
+def beside(path: Path, tensors: Mapping[str, TensorView]) -> dict[str, int]:
+    """What a file holds besides its one transformer: name of the part -> number of tensors."""
+    found = _find(path, tensors)
+    if found is None:
+        return {}
+    kept = {found[0] + key for key in under(tensors, found[0])}
+    return dict(Counter(key.partition(".")[0] for key in tensors if key not in kept))
 
 
 def to_diffusers(path: Path, tensors: Mapping[str, TensorView]) -> tuple[Format | None, dict[str, TensorView]]:
@@ -74,19 +99,14 @@ def to_diffusers(path: Path, tensors: Mapping[str, TensorView]) -> tuple[Format 
     A prefix of all its keys is taken off, and what else the file holds is left out. `path` is for messages. Raises
     CheckpointError for several transformers, and for what `refuse_keys` knows.
     """
-    found: dict[str, Format] = {}
-    for known in FORMATS:
-        for prefix in prefixes(tensors, known.marks):
-            if prefix not in found and known.fits(under(tensors, prefix)):
-                found[prefix] = known
-    if len(found) > 1:
-        raise several_models(path, sorted(found))
-    for prefix, known in found.items():
-        keys = under(tensors, prefix)
-        refuse_keys(path, keys)
-        return known, keys if known.moves is None else move(keys, known.moves)
-    refuse_keys(path, tensors)
-    return None, dict(tensors)
+    found = _find(path, tensors)
+    if found is None:
+        refuse_keys(path, tensors)
+        return None, dict(tensors)
+    prefix, known = found
+    keys = under(tensors, prefix)
+    refuse_keys(path, keys)
+    return known, keys if known.moves is None else move(keys, known.moves)
 
 
 def unknown_format(path: Path, tensors: Mapping[str, TensorView]) -> CheckpointError:
@@ -95,6 +115,11 @@ def unknown_format(path: Path, tensors: Mapping[str, TensorView]) -> CheckpointE
         if tensor.problem and len(tensor.shape) > 1:  # no mere counter
             return CheckpointError(tensor.problem)
     supported = ", ".join(dict.fromkeys(f"{known.class_name} ({known.name})" for known in FORMATS))
+    for tensor in tensors.values():
+        if isinstance(tensor, GGUFTensor) and tensor.architecture:
+            return CheckpointError(
+                f"{path} is a GGUF of {tensor.architecture!r}, no transformer that is supported; supported: {supported}"
+            )
     if any(_VAE_KEY.fullmatch(key) for key in tensors):
         return CheckpointError(f"{path} is a VAE, no transformer; give the transformer of one of: {supported}")
     shown = ", ".join(map(repr, sorted(tensors)[:3])) or "none"

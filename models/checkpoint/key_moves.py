@@ -30,8 +30,11 @@ class TensorView(Protocol):
     def problem(self) -> str | None:
         """Why it cannot be a weight, as an error message; None: it can."""
 
-    def read(self) -> np.ndarray:
-        """The values; without a copy where they lie in one piece."""
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """The values, or those of a slice of the first axes; without a copy where they lie in one piece.
+
+        Of another dtype than `dtype` where that is only what they are worth, as of quantised weights.
+        """
 
 
 @dataclass(frozen=True)
@@ -61,11 +64,13 @@ class Rows:
         """The tensor's."""
         return self.tensor.problem
 
-    def read(self) -> np.ndarray:
-        """A view for one range, else a copy."""
-        value = self.tensor.read()
-        parts = [value[begin:end] for begin, end in self.ranges]
-        return parts[0] if len(parts) == 1 else np.concatenate(parts)
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
+        """A view for one range, else a copy; reads no other rows."""
+        if len(self.ranges) == 1 and index:
+            rows = range(*self.ranges[0])[index[0]]
+            return self.tensor.read((slice(rows.start, rows.stop, rows.step), *index[1:]))
+        parts = [self.tensor.read((slice(*rows), *index[1:])) for rows in self.ranges]
+        return parts[0] if len(parts) == 1 else np.concatenate(parts)[index[:1]]
 
 
 @dataclass(frozen=True)

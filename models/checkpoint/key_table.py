@@ -57,7 +57,7 @@ class Leaf:
         out = _aligned(shape, np.dtype(dtype or tensors[self.keys[0]].dtype))
         for i, layer in enumerate(layers):
             key = self.keys[layer]
-            value = to_nnx(tensors[key].read(), self.kind, self.path[-1])[one]
+            value = _read_slice(tensors[key], self.kind, self.path[-1], one)
             if not is_finite(value):
                 raise CheckpointError(
                     f"{tensors[key].file}: tensor {key!r} has NaN or infinite values; the weights are broken"
@@ -88,6 +88,13 @@ def _copy(out: np.ndarray, value: np.ndarray) -> None:
         return
     for i in range(0, value.shape[1], _STRIP):
         out[:, i : i + _STRIP] = value[:, i : i + _STRIP]
+
+
+def _read_slice(tensor: TensorView, kind: Kind, name: str, index: tuple[slice, ...]) -> np.ndarray:
+    """The values at `index` of a PyTorch tensor in NNX layout; of convolutions all are read, they are small."""
+    if len(tensor.shape) != len(index):
+        return to_nnx(tensor.read(), kind, name)[index]
+    return to_nnx(tensor.read(index[::-1] if name == "kernel" else index), kind, name)
 
 
 def to_nnx(value: np.ndarray, kind: Kind, name: str) -> np.ndarray:

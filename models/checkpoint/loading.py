@@ -1,9 +1,10 @@
 """Checkpoints on disk to models: diffusers folders, original files, and folders written by `python -m convert`."""
 
+import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.checkpoint.formats import to_diffusers, unknown_format
+from models.checkpoint.formats import beside, to_diffusers, unknown_format
 from models.checkpoint.inferred_config import WAN_CLASS, infer_config, wan_config
 from models.checkpoint.key_moves import Format, TensorView
 from models.checkpoint.key_table import Leaf, map_keys, plan
+from models.checkpoint.lora import merged
+from models.checkpoint.lora_file import LoraLike, as_loras
 from models.checkpoint.orbax_errors import reason_of, silenced
+from models.checkpoint.quantised import dequantised
 from models.checkpoint.registry import PORTS, Port
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.checkpoint.weight_files import expert_folders, read_weights, weights_file
@@ -24,6 +28,7 @@ from models.transformers.base import TransformerConfig, VideoTransformer
 
 __all__ = ["CheckpointError", "Source", "describe", "expert_folders", "from_pretrained", "open_source"]
 
+_LOG = logging.getLogger(__name__)
 MARK = "adaspa_jax"
 """Key of a converted folder's config.json that says who wrote it."""
 FORMAT_VERSION = 1
@@ -50,12 +55,20 @@ class Source:
     tensors: dict[str, TensorView]
     """Under diffusers' keys."""
     leaves: list[Leaf]
+    beside: dict[str, int] = field(default_factory=dict)
+    """What else is in the file, and is left out: name of the part -> number of tensors."""
+
+    def say_beside(self) -> None:
+        """Logs what is left out, if anything is."""
+        if self.beside:
+            parts = ", ".join(f"{name} ({count})" for name, count in self.beside.items())
+            _LOG.warning("%s: its transformer is read; not read, by name and number of tensors: %s", self.path, parts)
 
     @property
     def dtype(self) -> np.dtype:
         """The dtype of most weights: some stay float32 in a bfloat16 checkpoint, and in the model.
 
-        float32 for float64.
+        float32 for float64, bfloat16 for what is quantised.
         """
         count: Counter[np.dtype] = Counter()
         for tensor in self.tensors.values():
@@ -197,7 +210,8 @@ def open_source(path: Path, follow_links: bool = False) -> Source:
             raise CheckpointError(f"{path} is already converted; give the original checkpoint")
         if config.get("_class_name") != WAN_CLASS:
             parse_config(path / "config.json", config)  # before the weights, which may be of anything
-    known, tensors = to_diffusers(path, read_weights(path, follow_links))
+    found = dequantised(read_weights(path, follow_links))
+    known, tensors = to_diffusers(path, found)
     file, config = _config(path, known, tensors)
     port, sizes = parse_config(file, config)
     if known is not None and known.class_name != config["_class_name"]:
@@ -206,7 +220,8 @@ def open_source(path: Path, follow_links: bool = False) -> Source:
     shapes = parameter_shapes(abstract_model(port, sizes, jnp.float32))
     origin = "the config inferred from their shapes" if file == path else "config.json"
     leaves = plan(tensors, port.rules, shapes, port.stacks, origin)
-    return Source(path, known.name if known else "diffusers", config, port, sizes, tensors, leaves)
+    name = known.name if known else "diffusers"
+    return Source(path, name, config, port, sizes, tensors, leaves, beside(path, found))
 
 
 def _open_converted(folder: Path, config: dict[str, Any]) -> Converted:
@@ -225,11 +240,19 @@ def _open_converted(folder: Path, config: dict[str, Any]) -> Converted:
     return Converted(folder, port, sizes, dtype)
 
 
-def open_checkpoint(path: Path, follow_links: bool = False) -> Source | Converted:
+def open_checkpoint(path: Path, follow_links: bool = False, loras: Sequence[LoraLike] = ()) -> Source | Converted:
     """Opens what `open_source` does, or a converted folder, and checks all but the values. Raises CheckpointError."""
     folder = locate(path, follow_links)
     config = read_json(folder / "config.json") if folder.is_dir() else {}
-    return _open_converted(folder, config) if MARK in config else open_source(folder, follow_links)
+    if MARK in config:
+        if loras:
+            raise CheckpointError(f"{folder} is converted, and a LoRA needs the checkpoint that it is from; give that")
+        return _open_converted(folder, config)
+    source = open_source(folder, follow_links)
+    if not loras:
+        return source
+    name = source.config["_class_name"]
+    return replace(source, tensors=merged(source.tensors, name, as_loras(loras), follow_links))
 
 
 def _model_of(opened: Source | Converted, dtype: Any) -> VideoTransformer:
@@ -237,12 +260,14 @@ def _model_of(opened: Source | Converted, dtype: Any) -> VideoTransformer:
     return abstract_model(opened.port, opened.sizes, jnp.dtype(dtype or opened.dtype))
 
 
-def describe(path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> VideoTransformer:
+def describe(
+    path: str | Path, dtype: Any = None, *, follow_links: bool = False, loras: Sequence[LoraLike] = ()
+) -> VideoTransformer:
     """The transformer that `from_pretrained` would load, with shapes in place of weights.
 
     Raises CheckpointError for what it would refuse but for the values of the weights.
     """
-    return _model_of(open_checkpoint(Path(path), follow_links), dtype)
+    return _model_of(open_checkpoint(Path(path), follow_links, loras), dtype)
 
 
 def nested(path: tuple[str, ...], value: Any) -> dict[str, Any]:
@@ -310,27 +335,31 @@ def from_pretrained(
     progress: Progress | None = None,
     *,
     follow_links: bool = False,
+    loras: Sequence[LoraLike] = (),
 ) -> VideoTransformer:
     """Loads a transformer, parameter by parameter, straight onto its devices.
 
     Args:
       path: a converted folder; a diffusers folder, a transformer's or a pipeline's root; or original weights: a
-        .safetensors or .pt file, an index of shards, or a folder with one of them. A lone file takes its config from a
+        .safetensors, .pt or .gguf file, an index of shards, or a folder with one of them. Weights in fp8 and of GGUF
+        are dequantised. A lone file takes its config from a
         config.json beside it, else from its shapes (`models.checkpoint.inferred_config` says what they leave open).
       dtype: None keeps the checkpoint's; parameters that the architecture holds in float32 stay so.
       sharding: of all parameters, or a function of NNX path and shape that gives each one's; every device reads its
         own slice. None: the default device.
       progress: called with the numbers of parameters loaded so far and in all.
       follow_links: the files of a folder may be links out of it; else only to the blobs of its own hub cache.
+      loras: adapters to merge, files or (file, scale); see `models.checkpoint.lora`. In float32, as weights are read.
 
     Raises:
       CheckpointError: a ValueError, for anything that cannot be loaded whole.
     """
-    source = open_checkpoint(Path(path), follow_links)
+    source = open_checkpoint(Path(path), follow_links, loras)
     model = _model_of(source, dtype)
     if isinstance(source, Converted):
         values = _read_converted(source, sharding)
     else:
+        source.say_beside()
         dtypes = {name: np.dtype(leaf.dtype) for name, leaf in parameters(model).items()}
         values = _stream(source, dtypes, sharding)
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))

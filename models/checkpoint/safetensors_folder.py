@@ -22,16 +22,19 @@ DTYPES = {
     "F64": np.dtype(np.float64),
 }
 """Of weights, as safetensors names them."""
+FP8 = (np.dtype(ml_dtypes.float8_e4m3fn), np.dtype(ml_dtypes.float8_e5m2))
+"""Of weights that `models.checkpoint.quantised` reads."""
 _OTHER_DTYPES = {
     "BOOL": np.dtype(np.bool_),
     "C64": np.dtype(np.complex64),
-    "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
-    "F8_E5M2": np.dtype(ml_dtypes.float8_e5m2),
+    "F8_E4M3": FP8[0],
+    "F8_E5M2": FP8[1],
     **{f"{kind.upper()}{8 * size}": np.dtype(f"{kind}{size}") for kind in "iu" for size in (1, 2, 4, 8)},
 }
 """Of what lies beside weights: counters, tables, quantised weights."""
 SINGLE = "diffusion_pytorch_model.safetensors"
 INDEX = SINGLE + ".index.json"
+_METADATA = "__metadata__"
 _HEADER_LIMIT = 100 * 1024 * 1024  # the limit of the safetensors format
 
 
@@ -93,12 +96,12 @@ class Tensor:
     problem: str | None = None
     """Why it cannot be a weight, as an error message; None: it can."""
 
-    def read(self) -> np.ndarray:
+    def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A read-only view of the file's pages; costs no memory until used. CheckpointError if the file is gone."""
         if math.prod(self.shape) == 0:
-            return np.empty(self.shape, self.dtype)
+            return np.empty(self.shape, self.dtype)[index]
         try:
-            return np.memmap(self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)
+            return np.memmap(self.file, dtype=self.dtype, mode="r", offset=self.offset, shape=self.shape)[index]
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{self.file} cannot be read any more ({error}); give it again") from error
 
@@ -117,7 +120,6 @@ def _read_header(path: Path) -> tuple[dict[str, Any], int]:
             raise CheckpointError(f"{path} has a corrupt header ({error}); download it again") from error
     if not isinstance(header, dict):
         raise CheckpointError(f"{path} has a corrupt header; download it again")
-    header.pop("__metadata__", None)
     return header, 8 + length
 
 
@@ -143,7 +145,13 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
 def read_safetensors(path: Path) -> dict[str, Tensor]:
     """Where all tensors of one safetensors file lie. Raises CheckpointError."""
     header, start = _read_header(path)
-    return {key: _read_entry(path, key, entry, start) for key, entry in header.items()}
+    return {key: _read_entry(path, key, entry, start) for key, entry in header.items() if key != _METADATA}
+
+
+def read_metadata(path: Path) -> dict[str, Any]:
+    """What a safetensors file says of itself. Raises CheckpointError."""
+    found = _read_header(path)[0].get(_METADATA)
+    return found if isinstance(found, dict) else {}
 
 
 def is_finite(x: np.ndarray) -> bool:

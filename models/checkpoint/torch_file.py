@@ -9,7 +9,7 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from models.checkpoint.safetensors_folder import CheckpointError, Tensor, dtype_problem
+from models.checkpoint.safetensors_folder import FP8, CheckpointError, Tensor, dtype_problem
 
 _DTYPES = {
     "bfloat16": np.dtype(ml_dtypes.bfloat16),
@@ -17,6 +17,7 @@ _DTYPES = {
     "float32": np.dtype(np.float32),
     "float64": np.dtype(np.float64),
 }
+_FP8 = {"float8_e4m3fn": FP8[0], "float8_e5m2": FP8[1]}
 
 
 class _Emptied:
@@ -71,19 +72,20 @@ def _place(path: Path, key: str, value: Any, size: int) -> Tensor:
     import torch
 
     name = str(value.dtype).removeprefix("torch.")
-    dtype, shape = _DTYPES.get(name, np.dtype(np.void)), tuple(value.shape)
-    if problem := dtype_problem(path, key, name, _DTYPES):
+    dtype, shape = (_DTYPES | _FP8).get(name, np.dtype(np.void)), tuple(value.shape)
+    problem = dtype_problem(path, key, name, _DTYPES)
+    if problem and name not in _FP8:
         return Tensor(path, 0, dtype, shape, problem)
     offset = None
     if value.layout is torch.strided:
         offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or not value.is_contiguous():
-        problem = f"{path}: tensor {key!r} does not lie in one piece; save the file again"
-        return Tensor(path, 0, dtype, shape, problem)
+        pieces = f"{path}: tensor {key!r} does not lie in one piece; save the file again"
+        return Tensor(path, 0, np.dtype(np.void), shape, pieces)
     offset += value.storage_offset() * dtype.itemsize
     if offset + math.prod(shape) * dtype.itemsize > size:
         raise CheckpointError(f"{path}: tensor {key!r} lies beyond the end of the file; download it again")
-    return Tensor(path, offset, dtype, shape)
+    return Tensor(path, offset, dtype, shape, problem)
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

@@ -1,14 +1,17 @@
 """Finds and opens the weights of a checkpoint, of a transformer or a VAE, whatever they were saved as."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
+from models.checkpoint.gguf_file import read_gguf
+from models.checkpoint.key_moves import TensorView
+from models.checkpoint.quantised import with_map
 from models.checkpoint.safetensors_folder import (
+    FP8,
     INDEX,
     SINGLE,
     CheckpointError,
-    Tensor,
     inside,
     read_json,
     read_safetensors,
@@ -116,8 +119,22 @@ def expert_folders(path: Path) -> list[Path]:
     return folders
 
 
-def _read_file(path: Path) -> dict[str, Tensor]:
-    """All tensors of one file, whose content tells what it is."""
+def _read_fp8(path: Path, tensors: Mapping[str, TensorView], follow_links: bool) -> dict[str, TensorView]:
+    """Tencent's fp8 weights with the scales of the file beside them, X_map.pt of X.pt.
+
+    Raises CheckpointError if it is missing: without scales the weights are wrong.
+    """
+    scales = path.with_name(f"{path.stem}_map{path.suffix}")
+    if not scales.exists():
+        raise CheckpointError(f"{path} is in fp8, and {scales.name}, which holds its scales, is missing; download it")
+    return with_map(scales, tensors, read_torch(inside(path.parent, scales.name, follow_links)))
+
+
+def read_file(path: Path, follow_links: bool = False) -> Mapping[str, TensorView]:
+    """Where all tensors lie of one file, whose content tells what it is. Raises CheckpointError.
+
+    `follow_links`: a file that belongs to it may be a link out of its folder.
+    """
     if not path.exists():
         raise CheckpointError(f"{path} is missing; the checkpoint is incomplete, download it again")
     if not path.is_file():
@@ -125,23 +142,26 @@ def _read_file(path: Path) -> dict[str, Tensor]:
     with path.open("rb") as file:
         begin = file.read(24)
     if begin.startswith(b"GGUF"):
-        raise CheckpointError(f"{path} is a GGUF file, quantised; give the unquantised weights, as safetensors or .pt")
+        return read_gguf(path)
     if begin.startswith(b"version https://git-lfs"):
         raise CheckpointError(f"{path} is a pointer of Git LFS, not the weights; download them: git lfs pull")
     if begin.startswith(b"PK") or (path.suffix in _TORCH_SUFFIXES and begin[8:9] != b"{"):
-        return read_torch(path)
+        tensors = read_torch(path)
+        fp8 = any(tensor.dtype in FP8 for key, tensor in tensors.items() if "double_blocks." in key)
+        scaled = any("scale" in key.rpartition(".")[2] for key in tensors)
+        return _read_fp8(path, tensors, follow_links) if fp8 and not scaled else tensors
     return read_safetensors(path)
 
 
-def _read_index(index: Path, follow_links: bool) -> dict[str, Tensor]:
+def _read_index(index: Path, follow_links: bool) -> dict[str, TensorView]:
     """All tensors of the shards that an index lists, in its folder."""
     folder = index.parent
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
         raise CheckpointError(f"{index} has no valid weight_map; download it again")
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, TensorView] = {}
     for shard in sorted(set(weight_map.values())):
-        found = _read_file(inside(folder, shard, follow_links))
+        found = read_file(inside(folder, shard, follow_links), follow_links)
         listed = {key for key, name in weight_map.items() if name == shard}
         if set(found) != listed:
             odd = sorted(set(found) ^ listed)
@@ -157,8 +177,8 @@ def _indices(shard: Path) -> Iterable[Path]:
             yield path
 
 
-def read_weights(path: Path, follow_links: bool = False) -> dict[str, Tensor]:
-    """Where all tensors lie of a file (safetensors, PyTorch), of the shards of an index, or of a folder with one.
+def read_weights(path: Path, follow_links: bool = False) -> Mapping[str, TensorView]:
+    """Where all tensors lie of a file (safetensors, PyTorch, GGUF), of the shards of an index, or of a folder with one.
 
     Raises CheckpointError for what is no whole set of weights, and for links out of a folder unless `follow_links`.
     """
@@ -178,4 +198,4 @@ def read_weights(path: Path, follow_links: bool = False) -> dict[str, Tensor]:
         for index in _indices(path):
             raise CheckpointError(f"{path} is one of several shards; give their index, {index}")
         raise _lost_index(path)
-    return _read_file(path)
+    return read_file(path, follow_links)

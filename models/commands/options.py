@@ -18,6 +18,8 @@ WORDS = {
     "distributed": "this checkpoint is small and samples on one device",
     "weights": "this checkpoint is small and samples on one device",
     "share_cfg_indices": "this checkpoint was trained without guidance, so there are no two branches",
+    "lora_high_noise": "this checkpoint has one expert, whose LoRA is --lora",
+    "lora_low_noise": "this checkpoint has one expert, whose LoRA is --lora",
 }
 """Of `models.sample`, with a checkpoint of pixels that has a word encoder."""
 LATENTS = {"prompt": "the prompts of this checkpoint are those that --embeddings FILE was made from"}

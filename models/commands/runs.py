@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from rich.progress import Progress
 
 from adaspa_jax import AttentionSharding, SparseConfig, draw_blocks
+from models.checkpoint.lora_file import Lora
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.commands import files
 from models.commands.files import Results
@@ -54,6 +55,8 @@ class Options:
     """Of devices, see `models.pipeline.mesh.parse_mesh`; None: one device."""
     weights: Weights = "replicated"
     """On the mesh."""
+    loras: tuple[Lora, ...] = ()
+    """Merged into the transformers."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class Runs:
     """Those of the VAE's folder."""
     pixels: bool = False
     """What is sampled are pixels, which need no VAE."""
+    loras: tuple[Lora, ...] = ()
+    """That are in the pipeline's weights, for the report."""
     phases: dict[str, float] = dataclasses.field(default_factory=dict)
     """Seconds of what is done so far, but for the runs themselves."""
 
@@ -80,7 +85,8 @@ class Runs:
         """Of a checkpoint of pixels with a word encoder. ValueError for what cannot be sampled."""
         if not prompts:
             raise ValueError("this checkpoint takes prompts; give at least one --prompt")
-        words = HunyuanVideoPipeline.load(checkpoint, options.dtype or "float32", follow_links=options.follow_links)
+        how: dict[str, Any] = {"follow_links": options.follow_links, "loras": options.loras}
+        words = HunyuanVideoPipeline.load(checkpoint, options.dtype or "float32", **how)
         return cls._checked(words.video_pipeline(), words.embed(prompts), prompts, options, pixels=True)
 
     @classmethod
@@ -91,7 +97,8 @@ class Runs:
 
         `prompts` are refused: the embeddings are of others.
         """
-        described = VideoPipeline.describe(checkpoint, options.dtype, follow_links=options.follow_links)
+        read: dict[str, Any] = {"follow_links": options.follow_links, "loras": options.loras}
+        described = VideoPipeline.describe(checkpoint, options.dtype, **read)
         refuse({"prompt": prompts}, LATENTS)
         if embeddings is None:
             raise ValueError(
@@ -111,10 +118,8 @@ class Runs:
         with Progress(console=stderr(), transient=True) as bar, runs._timed("load"):
             task = bar.add_task("loading", total=None)
             done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
-            links = options.follow_links
-            how: dict[str, Any] = {"weights": options.weights, "follow_links": links}
-            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, **how)
-            return dataclasses.replace(runs, pipeline=loaded, follow_links=links)
+            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
+            return dataclasses.replace(runs, pipeline=loaded, follow_links=options.follow_links)
 
     @classmethod
     def _checked(
@@ -134,7 +139,7 @@ class Runs:
             sharding = AttentionSharding(parse_mesh(options.mesh, heads, batch, config))
             sharding.check(config, batch, heads)
             pipeline = dataclasses.replace(pipeline, sharding=sharding)
-        runs = cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, **rest)
+        runs = cls(pipeline, embeddings, prompts, config, size, guidance, options.seed, loras=options.loras, **rest)
         if runs.shown:
             require("av", *["skimage.metrics"] * options.compare)
         require(*["matplotlib.figure"] * (not options.dense))
@@ -165,6 +170,8 @@ class Runs:
         family = self.pipeline.family
         size = dataclasses.asdict(self.size) | {"fps": family.fps, "model": family.name}
         fields = fields_of(self.prompts, self.seed, self.config, runs) | size
+        if self.loras:
+            fields["loras"] = [{"file": str(x.path), "scale": x.scale, "expert": x.expert} for x in self.loras]
         return fields | {"phases": {f"{name}_seconds": s for name, s in self.phases.items()}, "memory": memory()}
 
     @contextmanager

@@ -1,10 +1,40 @@
 """Which of two experts takes which steps."""
 
 import math
-from typing import Any
+import re
+from collections.abc import Iterable
+from typing import Any, Literal
 
+from models.checkpoint.lora_file import Lora, LoraLike, as_loras
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.transformers.base import VideoTransformer
+
+NAMES: tuple[Literal["high_noise"], Literal["low_noise"]] = ("high_noise", "low_noise")
+"""Of two experts, in the order in which they run."""
+_NAMED = re.compile(r"(?:.*[^a-z])?(high|low)(?:[-_. ]?noise)?(?:[^a-z].*)?", re.IGNORECASE)
+"""Names of files that are for one expert, as people name them."""
+
+
+def share_loras(loras: Iterable[LoraLike], experts: int) -> list[tuple[Lora, ...]]:
+    """The LoRAs of each expert: those for it, and those for all.
+
+    Raises CheckpointError for a LoRA of an expert that there is not, and of two experts for one that by its name is for
+    one of them and was given for both: merged into the other it would spoil it.
+    """
+    found = as_loras(loras)
+    for lora in found:
+        if experts == 1 and lora.expert is not None:
+            raise CheckpointError(
+                f"{lora.path} is given for {lora.expert}, and this model has one expert; give it for all, with --lora"
+            )
+        match = _NAMED.fullmatch(lora.path.name) if experts > 1 and lora.expert is None else None
+        if match:
+            name = f"{match[1].lower()}_noise"
+            raise CheckpointError(
+                f"{lora.path} is by its name for {name} alone: give it with --lora-{name.replace('_', '-')} (in Python "
+                f"Lora(path, scale, {name!r})), and if it is for both, with both options"
+            )
+    return [tuple(lora for lora in found if lora.expert in (None, name)) for name in NAMES[:experts]]
 
 
 def boundary_ratio(index: dict[str, Any], experts: tuple[VideoTransformer, ...]) -> float | None:

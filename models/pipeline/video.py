@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,10 @@ from jax.sharding import Mesh
 from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
 from models import schedulers
 from models.checkpoint.loading import describe, expert_folders, from_pretrained
+from models.checkpoint.lora_file import LoraLike
 from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import Embeddings, check_embeddings
-from models.pipeline.experts import boundary_ratio
+from models.pipeline.experts import boundary_ratio, share_loras
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
 from models.pipeline.mesh import Weights, create_states, for_report, gather_small, placement, put
@@ -67,11 +68,15 @@ class VideoPipeline:
     """The mesh that it samples on; None: one device."""
 
     @classmethod
-    def describe(cls, path: str | Path, dtype: Any = None, *, follow_links: bool = False) -> "VideoPipeline":
+    def describe(
+        cls, path: str | Path, dtype: Any = None, *, follow_links: bool = False, loras: Sequence[LoraLike] = ()
+    ) -> "VideoPipeline":
         """What `load` loads, with shapes in place of weights: enough for `plan`. Raises ValueError as `load` does."""
         path = Path(path)
         index = read_json(path / "model_index.json") if (path / "model_index.json").is_file() else {}
-        experts = tuple(describe(folder, dtype, follow_links=follow_links) for folder in expert_folders(path))
+        folders = expert_folders(path)
+        shared = zip(folders, share_loras(loras, len(folders)), strict=True)
+        experts = tuple(describe(folder, dtype, follow_links=follow_links, loras=own) for folder, own in shared)
         ratio = boundary_ratio(index, experts)
         family = family_of(experts[0], index | {"boundary_ratio": ratio})
         scheduler = family.scheduler
@@ -91,17 +96,19 @@ class VideoPipeline:
         mesh: Mesh | None = None,
         weights: Weights = "replicated",
         follow_links: bool = False,
+        loras: Sequence[LoraLike] = (),
     ) -> "VideoPipeline":
         """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
 
         `progress` gets the parameters of an expert loaded so far and in all. `mesh` has axes data, heads or rows, see
         `AttentionSharding`; `weights` lie whole on each of its devices, or sharded over all. `follow_links`: the files
-        of the transformers may be links out of their folders. Raises ValueError for what cannot be read.
+        of the transformers may be links out of their folders. `loras` are merged, each a file, (file, scale) or `Lora`;
+        into both experts of two, if `Lora` does not say which. Raises ValueError for what cannot be read.
         """
-        described = cls.describe(path, dtype, follow_links=follow_links)
+        described = cls.describe(path, dtype, follow_links=follow_links, loras=loras)
         if mesh is not None:
             described = dataclasses.replace(described, sharding=AttentionSharding(mesh))
-        return described.with_weights(path, dtype, progress, weights=weights, follow_links=follow_links)
+        return described.with_weights(path, dtype, progress, weights=weights, follow_links=follow_links, loras=loras)
 
     def with_weights(
         self,
@@ -111,11 +118,14 @@ class VideoPipeline:
         *,
         weights: Weights = "replicated",
         follow_links: bool = False,
+        loras: Sequence[LoraLike] = (),
     ) -> "VideoPipeline":
         """With the experts of `path`, which this was described from; arguments as for `load`."""
         place = None if self.sharding is None else placement(self.sharding.mesh, weights)
         options: dict[str, Any] = {"progress": progress, "sharding": place, "follow_links": follow_links}
-        experts = tuple(from_pretrained(folder, dtype, **options) for folder in expert_folders(Path(path)))
+        folders = expert_folders(Path(path))
+        shared = zip(folders, share_loras(loras, len(folders)), strict=True)
+        experts = tuple(from_pretrained(folder, dtype, **options, loras=own) for folder, own in shared)
         return dataclasses.replace(self, experts=experts)
 
     def with_shift(self, shift: float | None) -> "VideoPipeline":

@@ -1,5 +1,6 @@
 """Prompts to pixels with the embedded model, or one made like it: a word encoder, no VAE."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import numpy as np
 
 from adaspa_jax import Report, SparseConfig, TokenLayout
 from models.checkpoint.loading import from_pretrained
+from models.checkpoint.lora_file import LoraLike
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.demo.words import WordEncoder
 from models.pipeline.embeddings import Embeddings
@@ -54,14 +56,21 @@ class HunyuanVideoPipeline:
     size: PixelSize
 
     @classmethod
-    def load(cls, path: str | Path, dtype: Any = jnp.float32, *, follow_links: bool = False) -> "HunyuanVideoPipeline":
+    def load(
+        cls,
+        path: str | Path,
+        dtype: Any = jnp.float32,
+        *,
+        follow_links: bool = False,
+        loras: Sequence[LoraLike] = (),
+    ) -> "HunyuanVideoPipeline":
         """Reads a converted folder or a diffusers pipeline folder with scheduler and text encoder.
 
-        `follow_links`: the transformer's files may be links out of their folder.
+        `follow_links`: the transformer's files may be links out of their folder. `loras`: merged into the transformer.
         Raises ValueError for a checkpoint that cannot be read, and for one whose text encoder does not run here.
         """
         path = Path(path)
-        transformer = from_pretrained(path, dtype=dtype, follow_links=follow_links)
+        transformer = from_pretrained(path, dtype=dtype, follow_links=follow_links, loras=loras)
         parts = {}
         for name in ("model_index.json", "scheduler/scheduler_config.json", "text_encoder/config.json"):
             if not (path / name).is_file():

@@ -11,7 +11,8 @@ import numpy as np
 from flax import nnx
 
 from models.checkpoint.formats import prefixes, several_models, under
-from models.checkpoint.safetensors_folder import CheckpointError, Tensor, is_finite, read_json
+from models.checkpoint.key_moves import TensorView
+from models.checkpoint.safetensors_folder import CheckpointError, is_finite, read_json
 from models.checkpoint.weight_files import read_weights
 from models.vae.base import VAEConfig, VideoVAE
 from models.vae.hunyuan import HunyuanVAEConfig, HunyuanVideoVAE
@@ -124,7 +125,7 @@ def plan_vae(tensors: Mapping[str, Any], vae: VideoVAE) -> dict[tuple[Any, ...],
     return keys
 
 
-def read_vae(folder: Path, keys: Collection[str], follow_links: bool = False) -> dict[str, Tensor]:
+def read_vae(folder: Path, keys: Collection[str], follow_links: bool = False) -> dict[str, TensorView]:
     """The tensors of a VAE's folder, without a prefix of them all, and without buffers that are none of `keys`.
 
     `keys`: what its decoder has. Raises CheckpointError, also for weights of a dtype that is not supported.
@@ -140,7 +141,7 @@ def read_vae(folder: Path, keys: Collection[str], follow_links: bool = False) ->
     return {key: tensor for key, tensor in tensors.items() if not tensor.problem}
 
 
-def read_finite(key: str, tensor: Tensor) -> np.ndarray:
+def read_finite(key: str, tensor: TensorView) -> np.ndarray:
     """The values of a tensor. Raises CheckpointError for NaN and infinite ones."""
     value = tensor.read()
     if not is_finite(value):

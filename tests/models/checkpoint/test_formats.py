@@ -271,16 +271,30 @@ def test_every_key_and_shape_of_the_published_file_is_mapped(name: str) -> None:
 ONE = torch.ones(2, 2)
 FP8 = torch.zeros(2, 2, dtype=torch.float8_e4m3fn)
 BAD: dict[str, tuple[str, Any, str]] = {
-    "LoRA of diffusers": ("x.safetensors", {"blocks.0.attn1.to_q.lora_A.weight": ONE}, "is a LoRA .* base model"),
+    "LoRA of diffusers": (
+        "x.safetensors",
+        {"blocks.0.attn1.to_q.lora_A.weight": ONE},
+        "is a LoRA .* with --lora",
+    ),
     "LoRA of kohya": ("x.safetensors", {"lora_unet_blocks_0_q.lora_down.weight": ONE, "a.alpha": ONE}, "is a LoRA"),
     "LoKr": ("x.safetensors", {"diffusion_model.blocks.0.q.lokr_w1": ONE}, "is a LoRA"),
     "LoRA in .pt": ("x.pt", {"module": {"blocks.0.q.lora_up.weight": ONE}}, "is a LoRA"),
-    "fp8": ("x.safetensors", {"double_blocks.0.img_attn_qkv.weight": FP8}, "quantised to fp8 .* F8_E4M3"),
-    "fp8 in .pt": ("x.pt", {"module": {"a": FP8}}, "quantised to fp8 .* float8_e4m3fn"),
-    "scaled fp8": ("x.safetensors", {"blocks.0.ffn.0.scale_weight": ONE}, "quantised to fp8"),
+    "fp8 of something": ("x.safetensors", {"a.weight": FP8, "scaled_fp8": FP8}, "is no transformer that is supported"),
+    "fp8 in .pt without its scales": (
+        "x.pt",
+        {"module": {"double_blocks.0.a.weight": FP8}},
+        "is in fp8, and x_map.pt, which holds its scales, is missing",
+    ),
+    "a scale of nothing": ("x.safetensors", {"blocks.0.ffn.0.scale_weight": ONE}, "quantised in a way that is not"),
+    "a scale of blocks": (
+        "x.safetensors",
+        {"a.weight": FP8, "a.weight_scale": torch.ones(3, 3)},
+        r"'a.weight' \[2, 2\] has a scale of shape \[3, 3\]",
+    ),
+    "a scale in fp8": ("x.safetensors", {"a.weight": FP8, "a.weight_scale": FP8}, "'a.weight_scale' is F8_E4M3"),
     "int8 in .pt": ("x.pt", {"a": ONE.to(torch.int8)}, "is int8; supported are bfloat16"),
-    "GGUF": ("x.gguf", b"GGUF" + bytes(60), "is a GGUF file, quantised"),
-    "GGUF by another name": ("x.safetensors", b"GGUF" + bytes(60), "is a GGUF file, quantised"),
+    "GGUF": ("x.gguf", b"GGUF" + bytes(60), "is a damaged or cut GGUF file"),
+    "GGUF by another name": ("x.safetensors", b"GGUF" + bytes(60), "is a damaged or cut GGUF file"),
     "VAE": ("x.safetensors", {"encoder.conv1.weight": ONE, "decoder.conv1.weight": ONE, "conv1.bias": ONE}, "is a VAE"),
     "VAE in .pt": ("x.pth", {"encoder.conv1.weight": ONE, "decoder.head.0.gamma": ONE}, "is a VAE"),
     "VAE with its losses": ("x.pt", {"state_dict": {"decoder.up.0.block.0.x": ONE, "loss.x": ONE}}, "is a VAE"),

@@ -55,9 +55,11 @@ class Fakes:
         monkeypatch.setattr(media, "write_mp4", stub)
         monkeypatch.setattr(media, "write_gif", stub)
 
-    def describe(self, path: Path, dtype: Any = None, follow_links: bool = False) -> Any:
+    def describe(self, path: Path, dtype: Any = None, follow_links: bool = False, loras: Any = ()) -> Any:
         if follow_links:
             self.calls.append("follow_links")
+        if loras:
+            self.calls.append(loras)
         return describe(path, dtype)
 
     def sample(self, pipe: Any, embeddings: Any, config: Any, **options: Any) -> LatentSample:

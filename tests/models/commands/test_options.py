@@ -36,6 +36,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "compensation": ["--compensation", "pooled"],
         "dtype": ["--dtype", "bfloat16"],
         "dense": ["--dense"],
+        "lora": ["--lora", "x.lora:0.5"],
         "compare": ["--compare"],
         "follow_links": ["--follow-links"],
         "out": ["--out", "another"],
@@ -82,6 +83,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "mesh": "samples on one device",
         "weights": "is for several devices",
         "distributed": "is for several hosts",
+        **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
     },
     ("sample", "latents"): {
         "prompt": "those that --embeddings FILE was made from",
@@ -99,11 +101,13 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "mesh": ["--mesh", "heads=1"],
         "weights": "is for several devices",
         "distributed": "is for several hosts",
+        **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
     },
     ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
     ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
 }
 REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog", "mesh": "auto", "weights": "sharded"}
+REFUSED |= dict.fromkeys(("lora_high_noise", "lora_low_noise"), "x.lora")
 """Values of options that are refused; numbers get 2."""
 FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links", "distributed")
 BROKEN = {"sample": ["--seed", -1], "decode": ["--fps", 0]}
@@ -122,6 +126,7 @@ def base(command: str, kind: str, checkpoint: Path) -> dict[str, list[Any]]:
     if command == "encode_prompt":
         return given | {"prompt": ["--prompt", "a cat"], "out": ["--out", "out"]}
     given["out"] = ["--out", "out"]
+    Path("x.lora").touch()
     if command == "decode":
         latents = np.zeros((1, 3 if kind == "words" else 4, 3, 16, 16), np.float32)
         write_latents(Path("x"), SavedLatents({"dense": latents}, ["a cat"], 8))
