@@ -55,7 +55,7 @@ def tiny(tmp_path_factory):
     """name -> (diffusers' VAE, its folder, ours)."""
     made = {}
     for name, (create, config) in TINY.items():
-        torch.manual_seed(0)  # of the kernels
+        torch.manual_seed(4)  # of the kernels; in some random models the middle attention weighs more
         theirs = create(**config).eval()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
@@ -167,7 +167,7 @@ def test_wan_in_tiles_equals_the_whole_away_from_seams(tiny):
     whole, tiles = ours.decode(latents, WHOLE), ours.decode(latents, tiling)
     for columns in (np.r_[: 16 * 8], np.r_[32 * 8 : 48 * 8]):  # 12 latents and more from where the other tile ends
         assert relative_error(tiles[..., columns], whole[..., columns]) < 1e-5
-    assert with_attention < 0.1
+    assert with_attention < 0.05
     assert 1e-6 < relative_error(tiles, whole) < 1e-3
 
 
