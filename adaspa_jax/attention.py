@@ -142,7 +142,7 @@ class _Call(NamedTuple):
     def calibrate(self, found: Selection, mass: Array, lse: Array, state: SparseState) -> tuple[StandIns, Array]:
         """(StandIns, share of the mass that they hold [B, H] by head) of what a search under `lse` found."""
         if self.config.compensation == "none":
-            return StandIns(state.row_bias, state.col_bias, state.kept), state.stand_ins
+            return stand_ins_of(state), state.stand_ins
         rows = self.q[:, :, : self.rows]
         made, share = calibrate(rows, self.pooled(), lse, mass, found.kept, self.query_valid, self.spread)
         return made, self.spread.by_head(share, state.places)
@@ -177,6 +177,11 @@ class _Call(NamedTuple):
         inside = np.arange(self.layout.block, dtype=np.int32)[None, None] < self.query_valid[..., None]
         total = jnp.where(inside.reshape(len(change), 1, -1), jnp.abs(change), 0.0).sum(-1)
         return self.spread.by_head(self.spread.sum_rows(total), state.places) / self.layout.video_tokens
+
+
+def stand_ins_of(state: SparseState) -> StandIns:
+    """As the last search calibrated them."""
+    return StandIns(state.row_bias, state.col_bias, state.kept)
 
 
 def everyone(x: Array, config: SparseConfig) -> Array:
@@ -216,8 +221,7 @@ def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]
 
 
 def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    stand_ins = StandIns(state.row_bias, state.col_bias, state.kept)
-    return call.sparse(state.indices, state.counts, stand_ins), state
+    return call.sparse(state.indices, state.counts, stand_ins_of(state)), state
 
 
 _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseState]]] = {

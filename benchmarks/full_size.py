@@ -19,6 +19,8 @@ from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTr
 from pallas_kernels import Implementation
 
 LATENTS, TEXT = (33, 90, 160), 256
+HIDDEN_MB = 126720 * 3072 * 2 / 1e6
+"""Of the video tokens, padded for a mesh, in bfloat16: q, k, v or out of a layer."""
 ALL_LAYERS = (20, 40)
 """Dual-stream and single-stream."""
 

@@ -42,8 +42,8 @@ def sampler(
     place = (lambda tree: tree) if sharding is None else lambda tree: jax.device_put(tree, sharding.named())
     weights, noise, given = place(weights), place(noise), place(given)
     size, text = noise.shape[2:], given["encoder_hidden_states"].shape[1]
-    create = lambda: model.init_state(config, 1, size, text, False, sharding)
-    states = () if dense else create_states(create, sharding)
+    make = lambda: model.init_state(config, 1, size, text, False, sharding)
+    states = () if dense else create_states(make, sharding)
     run = program(graph, config, dense=dense, sharding=sharding)
     compiled = jax.jit(run).lower(weights, noise, given, states).compile()
     begun = time.perf_counter()
@@ -60,8 +60,8 @@ def parts(config: SparseConfig, sharding: AttentionSharding | None) -> dict[str,
     if sharding is not None:
         video = jax.device_put(video, sharding.named("data", "tokens"))
         text = jax.device_put(text, sharding.named("data"))
-    create = lambda: (SparseState.create(layout, config, 1, 24, 1, sharding=sharding),)
-    (stacked,) = create_states(create, sharding)
+    make = lambda: (SparseState.create(layout, config, 1, 24, 1, sharding=sharding),)
+    (stacked,) = create_states(make, sharding)
     state = jax.jit(lambda tree: jax.tree.map(lambda x: x[0], tree))(stacked)
 
     def step(kind: StepKind) -> Any:

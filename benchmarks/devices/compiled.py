@@ -10,8 +10,6 @@ weights and states grow with them: `all_60_gib` adds those of the rest, whole or
 import math
 import os
 import re
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from functools import partial
@@ -32,15 +30,15 @@ from flax import nnx
 from jax.sharding import AxisType, Mesh
 
 from adaspa_jax import AttentionSharding, SparseConfig, SparseState
-from benchmarks.full_size import ALL_LAYERS, LATENTS, TEXT, create, operands, program
-from benchmarks.table import show, write_json
+from benchmarks.full_size import ALL_LAYERS, HIDDEN_MB, LATENTS, TEXT, create, operands, program
+from benchmarks.table import rows_of, show, write_json
 from models.commands.cli import run_cli
 from models.pipeline.mesh import Weights, placement
 from models.transformers.hunyuan_video import HunyuanVideoConfig
 from pallas_kernels import Implementation
 
 GIB = 2**30
-SMALL_MB = 0.01 * 126720 * 3072 * 2 / 1e6
+SMALL_MB = 0.01 * HIDDEN_MB
 """A hundredth of the video tokens' hidden state."""
 _BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "u16": 2, "s16": 2, "f64": 8, "s64": 8, "u64": 8}
 _OPERATIONS = "all-gather|all-reduce|all-to-all|collective-permute|reduce-scatter"
@@ -67,9 +65,9 @@ class Machine:
         """Its devices, which need not be there."""
         count = self.heads * self.rows
         if self.topology is None:
-            from benchmarks.gpu.compiled import cuda_root, devices
+            from benchmarks.gpu.compiled import devices, use_toolkit
 
-            os.environ["PATH"] += os.pathsep + str(cuda_root() / "bin")
+            use_toolkit()
             found = devices("9.0", count)
         else:
             from jax.experimental import topologies
@@ -163,25 +161,13 @@ def main(
     names = machine or list(MACHINES)
     if unknown := [name for name in names if name not in MACHINES]:
         raise ValueError(f"--machine {unknown[0]} must be one of {', '.join(MACHINES)}")
-    if len(names) > 1:
-        rows = [_in_its_own_process(name, layers, steps) for name in names]
+    if len(names) > 1:  # one process can compile for one kind of device
+        options = ["--layers", *layers, "--steps", steps]
+        rows = [row for name in names for row in rows_of("benchmarks.devices.compiled", "--machine", name, *options)]
     else:
         rows = [measure(names[0], layers, steps)]
     show("the sampler of HunyuanVideo-13B, compiled for several devices; NOTHING RAN", rows)
     write_json(json, rows)
-
-
-def _in_its_own_process(name: str, layers: tuple[int, int], steps: int) -> dict[str, Any]:
-    """`measure`, which one process can do for one kind of device."""
-    import json
-    import tempfile
-
-    with tempfile.TemporaryDirectory() as folder:
-        rows = Path(folder) / "rows.json"
-        sizes = ["--layers", *map(str, layers), "--steps", str(steps), "--json", str(rows)]
-        subprocess.run([sys.executable, "-m", __spec__.name, "--machine", name, *sizes], check=True)
-        row: dict[str, Any] = json.loads(rows.read_text(encoding="utf-8"))[0]
-        return row
 
 
 if __name__ == "__main__":

@@ -13,12 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.full_size import ALL_LAYERS, HIDDEN_MB
 from benchmarks.table import show
 from models.commands.cli import run_cli
 
-TOKEN_MB = 126720 * 3072 * 2 / 1e6
-"""Of q, k, v or out of a layer, padded for the mesh, bfloat16."""
-LAYERS, STEPS, DENSE_STEPS, SEARCHES = 60, 50, 10, 2
+LAYERS, STEPS, DENSE_STEPS, SEARCHES = sum(ALL_LAYERS), 50, 10, 2
 RESULTS = Path(__file__).parents[1] / "results"
 
 
@@ -55,8 +54,8 @@ class Prediction:
     @property
     def exchange(self) -> float:
         """Milliseconds a layer: q, k, v and out by all-to-all, K and V gathered."""
-        swapped = 4 * TOKEN_MB / self.devices * (self.heads - 1) / self.heads
-        gathered = 2 * TOKEN_MB / self.heads * (self.rows - 1) / self.rows
+        swapped = 4 * HIDDEN_MB / self.devices * (self.heads - 1) / self.heads
+        gathered = 2 * HIDDEN_MB / self.heads * (self.rows - 1) / self.rows
         return swapped / self.gb_per_s + gathered / self.rows_gb_per_s
 
     def seconds(self, sparse: bool, devices: int) -> float:

@@ -36,7 +36,7 @@ from benchmarks.measure import (
     ours,
     selection,
 )
-from benchmarks.table import show, write_json
+from benchmarks.table import rows_of, show, write_json
 from models.commands.cli import run_cli
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import choose
@@ -77,11 +77,7 @@ def compile_only(json: Path | None) -> None:
     """Compiles for each architecture in a process of its own and prints one table."""
     rows = []
     for arch in ("8.0", "9.0"):
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "benchmarks.gpu.compiled", "--arch", arch, "--json", str(file)]
-            subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-            rows += json_format.loads(file.read_text(encoding="utf-8"))
+        rows += rows_of("benchmarks.gpu.compiled", "--arch", arch)
         print(f"compiled for {arch}", flush=True)
     show("compiled without a GPU; nothing was run", rows)
     write_json(json, rows)

@@ -88,6 +88,12 @@ def cuda_root() -> Path:
     return root
 
 
+def use_toolkit() -> None:
+    """Lets the compilers find ptxas and libdevice; FileNotFoundError without them."""
+    os.environ["PATH"] += os.pathsep + str(cuda_root() / "bin")
+    os.environ["CUDA_ROOT"] = str(cuda_root())
+
+
 def devices(arch: str, count: int = 1) -> list[Any]:
     """`count` GPUs that are not there, for ahead-of-time compiles."""
     from jax.experimental import topologies
@@ -251,8 +257,7 @@ _COMPILE = {"triton": _pallas_triton, "mosaic_gpu": _mosaic, "jax_triton": _jax_
 
 def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:
     """One row a default configuration of every implementation that serves `arch`; `few`: bfloat16 at D = 128."""
-    os.environ["PATH"] += os.pathsep + str(cuda_root() / "bin")
-    os.environ["CUDA_ROOT"] = str(cuda_root())
+    use_toolkit()
     rows = []
     for implementation, (arches, dtypes) in IMPLEMENTATIONS.items():
         if arch not in arches:

@@ -28,9 +28,7 @@ os.environ.setdefault("TPU_MIN_LOG_LEVEL", "3")
 
 import dataclasses
 import functools
-import json as json_module
 import math
-import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -52,7 +50,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from adaspa_jax import SparseConfig
 from adaspa_jax.search import select_blocks
-from benchmarks.table import show, write_json
+from benchmarks.table import rows_of, show, write_json
 from benchmarks.tpu.schedule import CHIPS, Chip, loops, schedules, scoped_bytes, total_cycles
 from models.commands.cli import run_cli
 from pallas_kernels import mosaic_tpu
@@ -362,16 +360,7 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
 def in_processes(chips: list[str], cases: str) -> list[dict[str, Any]]:
     """Rows of several chips, each from a process of its own, two at a time."""
 
-    def one(chip: str) -> list[dict[str, Any]]:
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "rows.json"
-            command = [sys.executable, "-m", "benchmarks.tpu.static", "--chip", chip, "--cases", cases, "--json", path]
-            # The compiler logs what it misses of a TPU machine.
-            ended = subprocess.run([str(x) for x in command], capture_output=True, text=True)
-            if ended.returncode:
-                raise RuntimeError(f"compiling for {chip} failed:\n{ended.stderr[-4000:]}")
-            return json_module.loads(path.read_text(encoding="utf-8"))
-
+    one = lambda chip: rows_of("benchmarks.tpu.static", "--chip", chip, "--cases", cases)
     with ThreadPoolExecutor(2) as pool:
         return [row for rows in pool.map(one, chips) for row in rows]
 

@@ -38,11 +38,10 @@ class TensorView(Protocol):
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Ranges of rows of a tensor, one after the other."""
+class Over:
+    """What a view of another tensor has of it; each kind of view says what differs, and reads."""
 
     tensor: TensorView
-    ranges: tuple[tuple[int, int], ...]
 
     @property
     def file(self) -> Path:
@@ -56,13 +55,25 @@ class Rows:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """The tensor's, with as many rows as the ranges have."""
-        return (sum(end - begin for begin, end in self.ranges), *self.tensor.shape[1:])
+        """The tensor's."""
+        return self.tensor.shape
 
     @property
     def problem(self) -> str | None:
         """The tensor's."""
         return self.tensor.problem
+
+
+@dataclass(frozen=True)
+class Rows(Over):
+    """Ranges of rows of a tensor, one after the other."""
+
+    ranges: tuple[tuple[int, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's, with as many rows as the ranges have."""
+        return (sum(end - begin for begin, end in self.ranges), *self.tensor.shape[1:])
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """A view for one range, else a copy; reads no other rows."""

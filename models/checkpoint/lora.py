@@ -4,12 +4,11 @@ import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from models.checkpoint.formats import FORMATS
-from models.checkpoint.key_moves import Move, TensorView, move
+from models.checkpoint.key_moves import Move, Over, TensorView, move
 from models.checkpoint.key_table import map_keys
 from models.checkpoint.lora_file import Adapter, Lora, LoraFile, Part, read_lora, some
 from models.checkpoint.registry import PORTS
@@ -84,31 +83,10 @@ class LowRank:
 
 
 @dataclass(frozen=True)
-class Merged:
+class Merged(Over):
     """A tensor plus differences."""
 
-    tensor: TensorView
     differences: tuple[Whole | LowRank, ...]
-
-    @property
-    def file(self) -> Path:
-        """The tensor's."""
-        return self.tensor.file
-
-    @property
-    def dtype(self) -> np.dtype:
-        """The tensor's."""
-        return self.tensor.dtype
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The tensor's."""
-        return self.tensor.shape
-
-    @property
-    def problem(self) -> str | None:
-        """The tensor's."""
-        return self.tensor.problem
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The float32 sum, of the slice."""

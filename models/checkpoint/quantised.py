@@ -8,7 +8,7 @@ from pathlib import Path
 import ml_dtypes
 import numpy as np
 
-from models.checkpoint.key_moves import TensorView
+from models.checkpoint.key_moves import Over, TensorView
 from models.checkpoint.safetensors_folder import FP8, CheckpointError
 
 _SCALE = re.compile(r"(?P<module>(?:.*\.)?)(?:scale_weight|weight_scale)")
@@ -20,19 +20,11 @@ _VALUES = {dtype: np.arange(256, dtype=np.uint8).view(dtype).astype(np.float32) 
 
 
 @dataclass(frozen=True)
-class Scaled:
-    """A weight, usually in fp8, times a scale for all of it or one a row; worth bfloat16."""
+class Scaled(Over):
+    """A weight, usually in fp8, times a scale for all of it or one a row; worth bfloat16, and no problem."""
 
-    tensor: TensorView
     scale: TensorView | None = None
     """Of one value, or [rows] or [rows, 1]; None: 1."""
-    problem: str | None = None
-    """None: it can be a weight."""
-
-    @property
-    def file(self) -> Path:
-        """The weight's."""
-        return self.tensor.file
 
     @property
     def dtype(self) -> np.dtype:
@@ -40,9 +32,9 @@ class Scaled:
         return np.dtype(ml_dtypes.bfloat16)
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The weight's."""
-        return self.tensor.shape
+    def problem(self) -> None:
+        """None: what is dequantised can be a weight, whatever its bytes are."""
+        return None
 
     def read(self, index: tuple[slice, ...] = ()) -> np.ndarray:
         """The float32 product, of the slice alone."""
