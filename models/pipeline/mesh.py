@@ -76,6 +76,24 @@ def placement(mesh: Mesh, weights: Weights) -> Callable[[tuple[str, ...], tuple[
     return place
 
 
+def placed(weights: Any, sharding: AttentionSharding | None, how: Weights) -> Any:
+    """The shapes of weights, on a mesh with where they lie, or will lie: see `placement`."""
+    if sharding is None:
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
+    place = placement(sharding.mesh, how)
+
+    def shape(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
+        where = getattr(x, "sharding", None) or place(tuple(map(_name, path)), x.shape)
+        return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+    return jax.tree_util.tree_map_with_path(shape, weights)
+
+
+def _name(part: Any) -> str:
+    """Of one part of a path in a tree."""
+    return str(getattr(part, "key", getattr(part, "name", part)))
+
+
 def is_stacked(path: tuple[Any, ...]) -> bool:
     """Whether a parameter belongs to a stack of layers, which gathers its own weights."""
     return bool(_STACKS & {str(getattr(part, "key", part)) for part in path})

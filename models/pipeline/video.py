@@ -1,4 +1,4 @@
-"""Prompt embeddings to latents, for every port: scheduler, guidance, experts and AdaSpa in one jitted program."""
+"""Prompt embeddings to latents, for every port: scheduler, guidance, experts and AdaSpa in compiled programs."""
 
 import dataclasses
 import time
@@ -8,13 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from flax import nnx
-from jax import Array
 from jax.sharding import Mesh
 
-from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenLayout, scan_steps, summarize
+from adaspa_jax import AttentionSharding, Report, SparseConfig, StepKind, TokenLayout, summarize
 from models import schedulers
 from models.checkpoint.loading import describe, expert_folders, from_pretrained
 from models.checkpoint.lora_file import LoraLike
@@ -22,18 +19,16 @@ from models.checkpoint.safetensors_folder import read_json
 from models.pipeline.embeddings import Embeddings, check_embeddings
 from models.pipeline.experts import boundary_ratio, share_loras
 from models.pipeline.families import Family, VideoSize, family_of
-from models.pipeline.guidance import Guidance, cfg, constant_scale, dynamic_scale
-from models.pipeline.mesh import Weights, create_states, for_report, gather_small, placement, put
+from models.pipeline.guidance import Guidance, constant_scale, dynamic_scale
+from models.pipeline.mesh import Weights, for_report, placement
 from models.pipeline.plan import Plan, branches, initial_noise, split_steps
-from models.pipeline.predict import predict as call
-from models.schedulers import AnyScheduler, CogVideoXDPM, FlowMatchEuler, UniPC
+from models.pipeline.program import Functions, Program, Progress, compile_program
+from models.schedulers import AnyScheduler, FlowMatchEuler, UniPC
 from models.schedulers.seeds import check_seed
 from models.transformers.base import VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
 from models.transformers.wan import WanTransformer
 from pallas_kernels import Implementation, resolve_implementation
-
-Progress = Callable[[int], None]
 
 
 @dataclass(frozen=True)
@@ -183,6 +178,7 @@ class VideoPipeline:
         keep_mass: bool = False,
         progress: Progress | None = None,
         implementation: Implementation | None = None,
+        program: Program | None = None,
     ) -> LatentSample:
         """Samples one video a prompt, as one batch. The same seed gives the same noise, dense or sparse.
 
@@ -197,28 +193,21 @@ class VideoPipeline:
           keep_mass: keep the block mass for pictures.
           progress: called with the number of each finished step.
           implementation: which kernels run.
+          program: of `compile`, for the same options and shapes; None: it is compiled.
 
         Raises:
           ValueError: before anything runs; see `plan`. Noise of another shape, or with NaN or infinity.
         """
         model, family, size = self.experts[0], self.family, size or self.family.size
         plan = self.plan(embeddings, config, size=size, guidance=guidance, seed=seed)
-        noise = put(initial_noise(plan.shape, seed, noise), self.sharding)
-        given = {name: put(x, self.sharding) for name, x in plan.given.items()}
-        count, grid = plan.shape[0], plan.shape[2:]
-        text = given["prompt_embeds"].shape[1]
-        batch = count * (1 + plan.guided)
-        create = lambda: model.init_state(config, batch, grid, text, keep_mass, self.sharding)
-        states = tuple(() if dense else create_states(create, self.sharding) for _ in plan.parts)
-        run = self._program(plan, config, dense, progress, implementation)
-        operands = (tuple(nnx.state(expert) for expert in self.experts), noise, given, states)
+        start, compile_seconds = initial_noise(plan.shape, seed, noise), 0.0
+        if program is None:
+            program = self.compile(plan, config, dense=dense, keep_mass=keep_mass, implementation=implementation)
+            compile_seconds = program.seconds
         begun = time.perf_counter()
-        compiled = jax.jit(run).lower(*operands).compile()
-        compile_seconds = time.perf_counter() - begun
-        begun = time.perf_counter()
-        latents, states, histories = jax.block_until_ready(compiled(*operands))
+        latents, states, histories = program.run(self.experts, plan, start, seed, progress)
         seconds = time.perf_counter() - begun
-        jax.effects_barrier()
+        grid, text = plan.shape[2:], plan.given["prompt_embeds"].shape[1]
         layout = model.layout(grid, text, config)
         reports = tuple(
             summarize(state, history, layout, config, kinds=part.kinds, first=part.first + 1)
@@ -241,6 +230,23 @@ class VideoPipeline:
             ),
         )
 
+    def compile(
+        self,
+        plan: Plan,
+        config: SparseConfig,
+        *,
+        dense: bool = False,
+        keep_mass: bool = False,
+        implementation: Implementation | None = None,
+        weights: Weights = "replicated",
+    ) -> Program:
+        """Compiles what `sample` runs, for every seed and prompts of the shapes of `plan`; weights need not be there.
+
+        Options as for `sample`; `weights`: how they will lie on the mesh.
+        """
+        how = (self.family, plan.scheduler, plan.scale, plan.guided, config, dense, implementation, self.sharding)
+        return compile_program(Functions(*how), self.experts, plan, keep_mass, weights)
+
     def plan(
         self,
         embeddings: Embeddings,
@@ -259,13 +265,12 @@ class VideoPipeline:
         model, family, scheduler = self.experts[0], self.family, self.scheduler
         grid = family.latent_shape(size or family.size, model)
         check_seed(seed)
-        if isinstance(scheduler, CogVideoXDPM):
-            scheduler = dataclasses.replace(scheduler, seed=seed)
         tables = scheduler.tables(config.steps)
         scale, guided, tables["guidance"] = self._scales(guidance or Guidance(), tables)
         if config.share_cfg_indices and not guided:
             raise ValueError("share_cfg_indices needs classifier-free guidance; this run has one branch")
-        config.layer_kinds(StepKind.DENSE, sum(model.stack_sizes()))
+        # Of shapes alone: no device is asked for yet.
+        jax.eval_shape(lambda: config.layer_kinds(StepKind.DENSE, sum(model.stack_sizes())))
         fixed = family.fixed_first_frame
         found = check_embeddings(embeddings, model, grid, guided=guided, first_frame=fixed)
         shape = (len(found["prompt_embeds"]), model.config.out_channels, *grid)
@@ -273,52 +278,3 @@ class VideoPipeline:
             self.sharding.check(config, shape[0] * (1 + guided), model.config.num_attention_heads)
         parts = split_steps(tables["timestep"], self.boundary, config.step_kinds())
         return Plan(scheduler, tables, scale, guided, parts, branches(found, guided), shape)
-
-    def _program(
-        self,
-        plan: Plan,
-        config: SparseConfig,
-        dense: bool,
-        progress: Progress | None,
-        implementation: Implementation | None,
-    ) -> Callable[..., Any]:
-        """The whole run as one function of arrays, for `jax.jit`; weights are arguments."""
-        graphs = tuple(nnx.graphdef(expert) for expert in self.experts)
-        report = None if progress is None else lambda step: progress(int(step))
-        family, guided, scheduler, sharding = self.family, plan.guided, plan.scheduler, self.sharding
-        everywhere = (lambda tree: tree) if sharding is None else sharding.replicated
-
-        def run(weights: Any, noise: Array, given: dict[str, Array], states: Any) -> Any:
-            def predictor(expert: int) -> Callable[..., Any]:
-                own = weights[expert] if sharding is None else gather_small(weights[expert], sharding)
-                model = nnx.merge(graphs[expert], own)
-
-                def predict(latents: Array, row: dict[str, Array], state: Any, kind: Any) -> Any:
-                    both = jnp.concatenate([latents, latents]) if guided else latents
-                    how = {"state": None, "step_kind": StepKind.DENSE} if dense else {"state": state, "step_kind": kind}
-                    how |= {"config": config, "implementation": implementation, "sharding": sharding}
-                    out = call(model, family, both, row["timestep"], given, plan.scale, **how)
-                    out, state = (out, state) if dense else out
-                    if guided:
-                        unconditional, conditional = jnp.split(out, 2)
-                        out = cfg(unconditional, conditional, row["guidance"])
-                    return everywhere(out), state
-
-                return predict
-
-            carry: Any = scheduler.init(family.start(noise, given.get("condition")))
-            ended = []
-            for part, state in zip(plan.parts, states, strict=True):
-                rows = {name: x[part.first : part.first + len(part.kinds)] for name, x in plan.tables.items()}
-                predict, first = predictor(part.expert), part.first + 1
-                carry, *end = scan_steps(
-                    predict, scheduler, rows, carry, state, part.kinds, first=first, progress=report
-                )
-                ended.append(end)
-            latents = scheduler.latents(carry)
-            if family.fixed_first_frame and "condition" in given:
-                latents = jnp.concatenate([given["condition"][-len(noise) :], latents[:, :, 1:]], axis=2)
-            states, histories = zip(*ended, strict=True)
-            return everywhere(latents), states, everywhere(histories)
-
-        return run

@@ -20,15 +20,24 @@ def check_seed(seed: Any) -> int:
     return number
 
 
+def words_of(seed: Any) -> np.ndarray:
+    """A seed as uint32 [2], for `key_of`. Raises ValueError for what is no seed."""
+    number = check_seed(seed)
+    # Both halves by hand: without x64 `jax.random.key` drops the upper one.
+    return np.array([number >> 32, number & 0xFFFFFFFF], np.uint32)
+
+
+def key_of(words: Array) -> Array:
+    """The threefry key of `words_of` a seed, which may be traced."""
+    return jax.random.wrap_key_data(words, impl="threefry2x32")
+
+
 def random_key(seed: Any) -> Array:
     """The key of a seed, a threefry key of its own for each; below 2^32 that of `jax.random.key`.
 
     Raises ValueError for what is no seed.
     """
-    number = check_seed(seed)
-    # Both halves by hand: without x64 `jax.random.key` drops the upper one.
-    halves = np.array([number >> 32, number & 0xFFFFFFFF], np.uint32)
-    return jax.random.wrap_key_data(jnp.asarray(halves), impl="threefry2x32")
+    return key_of(jnp.asarray(words_of(seed)))
 
 
 def as_key(seed: Any) -> Array:
