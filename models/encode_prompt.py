@@ -8,7 +8,6 @@ PIPELINE is a diffusers pipeline folder with its text encoders; template, crop a
 diffusers, whose code runs. Needs the `torch` extra. The file holds what `python -m models.sample --embeddings` reads.
 """
 
-import dataclasses
 import importlib
 import json
 import logging
@@ -24,26 +23,28 @@ from rich.console import Console
 from models.checkpoint.safetensors_folder import CheckpointError, read_json
 from models.checkpoint.weight_files import variant_of, weights_file
 from models.commands.cli import run_cli
+from models.commands.encoders import (
+    OF_IMAGES,
+    OF_SAMPLING,
+    PIPELINES,
+    check_frames,
+    check_last_image,
+    check_pictures,
+    decoded,
+    default_size,
+    given_prompts,
+    pipeline_class,
+    read_pictures,
+    video_size,
+)
 from models.pipeline.embeddings import NEGATIVE, Embeddings, write_tensors
-from models.pipeline.families import Family, VideoSize, stored_family
-from models.transformers.base import VideoTransformer
-from models.transformers.wan import WanConfig
+from models.pipeline.families import VideoSize, stored_family
 
 console = Console(stderr=True)
-PIPELINES = {
-    "HunyuanVideoPipeline": "hunyuan",
-    "HunyuanVideoImageToVideoPipeline": "hunyuan",
-    "CogVideoXPipeline": "cogvideox",
-    "CogVideoXImageToVideoPipeline": "cogvideox",
-    "WanPipeline": "wan",
-    "WanImageToVideoPipeline": "wan",
-}
-"""diffusers class -> family."""
-_ALIASES = {"WanDMDPipeline": "WanPipeline"}
-"""Class that others save a pipeline with -> diffusers class with the same encoders."""
 _BRANCHES = ("prompt_embeds", NEGATIVE + "prompt_embeds")
-_OF_IMAGES = ("vae", "image_encoder", "image_processor")
 _LIBRARIES = ("diffusers", "transformers")
+_AT_ONCE = 8
+"""Prompts, so that a file of many needs no more memory."""
 
 
 def _unusual_parts(checkpoint: Path, index: dict[str, Any], left_out: set[str], dtypes: dict[str, Any]) -> Any:
@@ -82,18 +83,7 @@ def load_encoders(
     `torch` extra. `dtype` is that of the text encoders: VAE and image encoder are float32, as in the models' own
     examples. No pickle is run: .bin files are read with `weights_only`.
     """
-    if not (checkpoint / "model_index.json").is_file():
-        raise CheckpointError(f"{checkpoint} has no model_index.json; give a whole diffusers pipeline folder")
-    index = read_json(checkpoint / "model_index.json")
-    name = _ALIASES.get(str(index.get("_class_name")), index.get("_class_name"))
-    if name not in PIPELINES:
-        raise CheckpointError(
-            f"{checkpoint}: pipeline {name!r} is not supported; supported: {', '.join((*PIPELINES, *_ALIASES))}"
-        )
-    if image and "ImageToVideo" not in name:
-        raise CheckpointError(f"{checkpoint} is a {name}, which takes no --image; leave it out")
-    if not image and name == "HunyuanVideoImageToVideoPipeline":
-        raise CheckpointError(f"{checkpoint} is a {name}, whose text encoder sees the image; give --image")
+    name, index = pipeline_class(checkpoint, image), read_json(checkpoint / "model_index.json")
     if image:
         check_last_image(*stored_family(checkpoint), last_image)
     try:
@@ -102,9 +92,9 @@ def load_encoders(
     except ImportError as error:
         raise ImportError(f"encoding needs PyTorch ({error}): pip install 'adaspa_jax[torch]'") from error
     config = SimpleNamespace(**read_json(checkpoint / "transformer/config.json"))
-    unused = ("transformer", "transformer_2", *(() if image else _OF_IMAGES))
+    unused = (*OF_SAMPLING, *(() if image else OF_IMAGES))
     left_out = {part: None for part in unused if part in index}
-    dtypes = {part: torch.float32 for part in _OF_IMAGES if image and part in index}
+    dtypes = {part: torch.float32 for part in OF_IMAGES if image and part in index}
     dtypes |= {"default": getattr(torch, dtype)}
     parts = _unusual_parts(checkpoint, index, set(left_out), dtypes)
     options: dict[str, Any] = {"dtype": dtypes, "low_cpu_mem_usage": False}
@@ -180,47 +170,6 @@ def encode_image(pipe: Any, image: Any, count: int, size: VideoSize, last: Any =
     return found
 
 
-def read_picture(path: Path, option: str = "--image") -> Any:
-    """An RGB PIL image, upright, as diffusers' load_image makes it. Raises ValueError for what is no picture."""
-    from PIL import Image, ImageOps
-
-    try:
-        with Image.open(path) as file:
-            return ImageOps.exif_transpose(file).convert("RGB")
-    except Exception as error:  # whatever a damaged picture makes of it
-        raise ValueError(f"{option} {path} cannot be read as a picture ({error}); give a PNG or JPEG file") from error
-
-
-def default_size(checkpoint: Path) -> VideoSize:
-    """The video that a checkpoint makes where no size is given."""
-    return stored_family(checkpoint)[0].size
-
-
-def video_size(family: Family, model: VideoTransformer, size: tuple[int | None, int | None, int | None]) -> VideoSize:
-    """The video that frames, height and width ask for; None: the model's own. ValueError if it cannot make that."""
-    given = {name: n for name, n in zip(("frames", "height", "width"), size, strict=True) if n is not None}
-    for name, n in given.items():
-        if type(n) is not int or n < 1:
-            raise ValueError(f"--{name} {n} must be a whole number of at least 1")
-    wanted = dataclasses.replace(family.size, **given)
-    if wanted != family.size:
-        family.latent_shape(wanted, model)
-    return wanted
-
-
-def check_last_image(family: Family, model: VideoTransformer, given: bool) -> None:
-    """ValueError for a last image that the model has no place for, and for one that it needs and is not given."""
-    config = model.config
-    between = isinstance(config, WanConfig) and config.in_channels > config.out_channels and not family.frame_tokens
-    # Wan 2.1 sees its pictures through CLIP too: one, or always two. Wan 2.2 has them in the latents alone.
-    clip = isinstance(config, WanConfig) and config.image_dim is not None
-    two = isinstance(config, WanConfig) and config.pos_embed_seq_len is not None
-    if given and (not between or (clip and not two)):
-        raise ValueError(f"this {family.name} has no place for a --last-image; leave it out")
-    if not given and between and clip and two:
-        raise ValueError(f"this {family.name} is made for a first and a last frame; give --last-image too")
-
-
 def encode(
     checkpoint: Path,
     prompts: list[str],
@@ -235,39 +184,24 @@ def encode(
     `last_image`: what the video ends with. Raises ValueError for a picture, a size or a checkpoint that cannot be used,
     before anything is loaded.
     """
-    picture = None if image is None else read_picture(image)
-    last = None if last_image is None else read_picture(last_image, "--last-image")
+    picture, last = read_pictures(image, last_image)
     wanted = None
     if image is not None:
         own = all(n is None for n in size)
         wanted = default_size(checkpoint) if own else video_size(*stored_family(checkpoint), size)
-        if last is not None and wanted.frames < 2:
-            raise ValueError(f"--frames {wanted.frames} is too few for a first and a last image; give at least 5")
+        check_frames(wanted, last is not None)
     pipe = load_encoders(checkpoint, image=image is not None, last_image=last is not None, dtype=dtype)
     import torch
 
     family = PIPELINES[type(pipe).__name__]
     with torch.no_grad():
         negative = "" if negative is None and family != "hunyuan" else negative
-        found = encode_text(pipe, prompts, negative, picture if family == "hunyuan" else None)
+        seen = picture if family == "hunyuan" else None
+        parts = [encode_text(pipe, prompts[i : i + _AT_ONCE], negative, seen) for i in range(0, len(prompts), _AT_ONCE)]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         if wanted is not None:
             found |= encode_image(pipe, picture, len(prompts), wanted, last)
     return found
-
-
-def decoded(text: str) -> str:
-    """An argument of the command line as UTF-8, where a locale such as C has left its bytes undecoded.
-
-    Raises ValueError if it is not UTF-8.
-    """
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        try:
-            return os.fsencode(text).decode()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{text!a} is no text in UTF-8; set the locale that it was typed in") from error
-    return text
 
 
 def _check_files(out: Path, image: Path | None, last_image: Path | None) -> None:
@@ -276,16 +210,13 @@ def _check_files(out: Path, image: Path | None, last_image: Path | None) -> None
         raise ValueError(f"--out {out}: its folder does not exist; make it first")
     if out.is_dir() or not os.access(out.absolute().parent, os.W_OK | os.X_OK):
         raise ValueError(f"--out {out} cannot be written; name a file in a folder you may write to")
-    if image is None and last_image is not None:
-        raise ValueError(f"--last-image {last_image} goes with --image, the picture that the video begins with")
-    for option, picture in (("--image", image), ("--last-image", last_image)):
-        if picture is not None and not picture.is_file():
-            raise ValueError(f"{option} {picture} does not exist")
+    check_pictures(image, last_image)
 
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="diffusers pipeline folder with text encoders")],
-    prompt: Annotated[list[str], typer.Option(help="what to show; repeat for a batch")],
+    prompt: Annotated[list[str] | None, typer.Option(help="what to show; repeat for a batch")] = None,
+    prompts: Annotated[Path | None, typer.Option(help="text file of prompts, one a line, in place of --prompt")] = None,
     negative: Annotated[
         str | None, typer.Option(help="what to avoid; default: nothing, for models that need one for guidance")
     ] = None,
@@ -307,10 +238,12 @@ def main(
     _check_files(out, image, last_image)
     if image is None and (frames, height, width) != (None, None, None):
         raise ValueError("--frames, --height and --width go with --image; else they are given to models.sample")
-    prompt = [decoded(text) for text in prompt]
+    texts = given_prompts(prompt, prompts)
+    if not texts:
+        raise ValueError("give at least one --prompt, or --prompts FILE")
     negative = None if negative is None else decoded(negative)
-    found = encode(checkpoint, prompt, negative, image, (frames, height, width), dtype, last_image)
-    write_tensors(out, found, {"prompts": json.dumps(prompt)})
+    found = encode(checkpoint, texts, negative, image, (frames, height, width), dtype, last_image)
+    write_tensors(out, found, {"prompts": json.dumps(texts)})
     console.print(f"wrote {out}: {', '.join(f'{k} {list(v.shape)}' for k, v in found.items())}", highlight=False)
 
 

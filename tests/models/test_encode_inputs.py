@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 
 from models import encode_prompt
 from models.checkpoint.safetensors_folder import CheckpointError
+from models.commands import encoders
 from models.pipeline.embeddings import read_embeddings, read_prompts
 from models.pipeline.families import family_of
 from models.transformers.hunyuan_video import HunyuanVideoConfig, HunyuanVideoTransformer
@@ -51,7 +52,7 @@ def test_photos_are_turned_as_diffusers_turns_them(orientation: int, suffix: str
     exif = Image.Exif()
     exif[ORIENTATION] = orientation
     pixels("RGB").save(tmp_path / f"x.{suffix}", exif=exif)
-    found = encode_prompt.read_picture(tmp_path / f"x.{suffix}")
+    found = encoders.read_picture(tmp_path / f"x.{suffix}")
     assert found.mode == "RGB"
     np.testing.assert_array_equal(found, load_image(str(tmp_path / f"x.{suffix}")))
     assert found.size == ((6, 9) if orientation >= 5 else (9, 6))
@@ -60,7 +61,7 @@ def test_photos_are_turned_as_diffusers_turns_them(orientation: int, suffix: str
 @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "P, transparent", "RGBA", "I;16"])
 def test_pictures_of_any_mode_become_rgb_as_in_diffusers(mode: str, tmp_path: Path) -> None:
     pixels(mode).save(tmp_path / "x.png")
-    found = encode_prompt.read_picture(tmp_path / "x.png")
+    found = encoders.read_picture(tmp_path / "x.png")
     assert found.mode == "RGB"
     np.testing.assert_array_equal(found, load_image(str(tmp_path / "x.png")))
 
@@ -205,7 +206,7 @@ def test_a_last_picture_is_for_models_that_have_a_place_for_it(
 ) -> None:
     model = nnx.eval_shape(lambda: MODELS[config](config.from_dict(options), rngs=nnx.Rngs(0)))
     with pytest.raises(ValueError, match=re.escape(message)) if message else contextlib.nullcontext():
-        encode_prompt.check_last_image(family_of(model, index), model, given)
+        encoders.check_last_image(family_of(model, index), model, given)
 
 
 def test_a_last_picture_is_checked_before_anything_is_loaded(
@@ -258,6 +259,6 @@ def test_prompts_in_any_locale(tmp_path: Path) -> None:
 
 
 def test_prompts_that_are_no_text() -> None:
-    assert encode_prompt.decoded(PROMPT) == PROMPT
+    assert encoders.decoded(PROMPT) == PROMPT
     with pytest.raises(ValueError, match=r"'\\udcff' is no text in UTF-8"):
-        encode_prompt.decoded("\udcff")
+        encoders.decoded("\udcff")
