@@ -14,7 +14,7 @@ import typer
 from rich.console import Console
 
 from models.commands.cli import run_cli
-from models.commands.files import ALL, LATENTS, VIDEOS, results
+from models.commands.files import ALL, LATENTS, VIDEOS, earlier_runs, results
 from models.commands.options import PIXELS, refuse
 
 console = Console(stderr=True)
@@ -23,6 +23,8 @@ MAX_FPS = 1000
 
 def _replaced(out: Path, latents: Path) -> tuple[str, ...]:
     """The files in OUT that the new ones take the place of. ValueError if OUT holds the latents of another run."""
+    if earlier_runs(out):
+        raise ValueError(f"--out {out} holds the results of several runs; name the folder of one, or another")
     there = out / LATENTS
     if not there.is_file():
         return ALL

@@ -1,12 +1,13 @@
 """Samples videos from a checkpoint, dense, with AdaSpa, or both side by side.
 
-    python -m models.sample --checkpoint CKPT --prompt "red circle moving left" --compare --out out/run
-    python -m models.sample --checkpoint CKPT --embeddings prompts.safetensors --preset balanced --out out/run
+    python -m models.sample --checkpoint PIPELINE --prompt "a cat on a roof" --out out/cat
+    python -m models.sample --checkpoint PIPELINE --prompts prompts.txt --seed 0-3 --out out/many
+    python -m models.sample --checkpoint CKPT --embeddings prompts.safetensors --compare --out out/run
 
-A checkpoint with a word encoder, such as the embedded one, takes prompts; all others take the embeddings that
-`python -m models.encode_prompt` writes. OUT gets latents.safetensors, for `python -m models.decode`, and report.json
-as soon as a run is done, and an earlier run's files go; then video.mp4 and sheet.png, and of a small sparse run
-blocks.png. Exit code 1: the latents are not finite; 2: anything else that is no bug.
+Prompts are encoded by `python -m models.encode_prompt` in a process of its own, or were by that command before. OUT
+gets latents.safetensors, for `python -m models.decode`, and report.json as soon as a run is done, and an earlier run's
+files go; then video.mp4 and sheet.png, and of a small sparse run blocks.png. Of several runs each has a folder in OUT.
+Exit code 1: the latents are not finite; 2: anything else that is no bug.
 """
 
 import logging
@@ -19,23 +20,25 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from models.commands.cli import run_cli
-from models.commands.files import results
+from models.commands.files import results, sparing
 from models.commands.hosts import is_first, join, stderr
-from models.commands.options import DENSE, WORDS, is_given, refuse
+from models.commands.jobs import Job, Texts, parse_seeds
+from models.commands.options import DENSE, EMBEDDED, HOSTS, WORDS, is_given, refuse
 
 _DTYPES = ("float32", "bfloat16")
 _WEIGHTS = ("replicated", "sharded")
 
 
-def timed(console: Console, name: str, steps: int, sample: Any, **options: Any) -> Any:
+def timed(console: Console, name: str, runs: Any, job: Job) -> Any:
     """One run with a progress bar over its steps."""
-    columns = (TextColumn(name.ljust(7)), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=console) as bar:
-        task = bar.add_task(name, total=steps)
-        # Callbacks may come out of order; the bar only ever moves forward.
-        done = lambda step: bar.update(task, completed=max(step, bar.tasks[0].completed))
-        run = sample(progress=done, **options)
-    console.print(f"{name}: {run.seconds:.1f} s, and {run.compile_seconds:.1f} s to compile", highlight=False)
+    dense, columns = name == "dense", (TextColumn((job.title + name).ljust(7)), BarColumn(), MofNCompleteColumn())
+    with console.status("compiling"):
+        runs.program(dense)
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as bar:
+        task = bar.add_task(name, total=runs.config.steps)
+        run = runs.sample(job, dense=dense, progress=lambda step: bar.update(task, completed=step))
+    compiled = f", and {run.compile_seconds:.1f} s to compile" if run.compile_seconds else ""
+    console.print(f"{job.title}{name}: {run.seconds:.1f} s{compiled}", highlight=False, markup=False)
     return run
 
 
@@ -50,7 +53,6 @@ def _check(given: dict[str, Any]) -> None:
     """ValueError for options that cannot be, or not together, whatever the checkpoint."""
     from adaspa_jax import SparseConfig
     from models.pipeline.families import VideoSize
-    from models.schedulers.seeds import check_seed
 
     if given["dense"] and given["compare"]:
         raise ValueError("--dense and --compare exclude each other; --compare runs dense too")
@@ -68,21 +70,37 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError(f"--weights {given['weights']} is for several devices; give --mesh, or leave it out")
     if given["distributed"] and given["mesh"] is None:
         raise ValueError("--distributed is for several hosts, whose devices are one mesh: give --mesh, auto for all")
-    check_seed(given["seed"])
+    if given["distributed"]:
+        refuse(given, HOSTS)
     VideoSize(*(1 if given[name] is None else given[name] for name in ("frames", "height", "width")))
     SparseConfig.preset(given["preset"] or "balanced", **_changes(given))
 
 
 def main(
     checkpoint: Annotated[Path, typer.Option(help="diffusers pipeline folder, converted folder, or file of a model")],
-    prompt: Annotated[list[str] | None, typer.Option(help="what to show, with a word encoder; repeatable")] = None,
-    embeddings: Annotated[Path | None, typer.Option(help="file of models.encode_prompt")] = None,
+    prompt: Annotated[list[str] | None, typer.Option(help="what to show; repeat for a batch")] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(help="text file of prompts, one a line, each sampled by itself; in place of --prompt")
+    ] = None,
+    negative_prompt: Annotated[
+        str | None, typer.Option(help="what to avoid, with guidance; default: what the model takes for none")
+    ] = None,
+    image: Annotated[Path | None, typer.Option(help="a picture to animate, for image-to-video models")] = None,
+    last_image: Annotated[
+        Path | None, typer.Option(help="the picture that the video ends with: Wan for first and last frame")
+    ] = None,
+    embeddings: Annotated[
+        Path | None, typer.Option(help="file of models.encode_prompt, in place of prompts and pictures")
+    ] = None,
     frames: Annotated[int | None, typer.Option(help="frames of the video; default: the model's")] = None,
     height: Annotated[int | None, typer.Option(help="pixels")] = None,
     width: Annotated[int | None, typer.Option(help="pixels")] = None,
     preset: Annotated[str | None, typer.Option(help="quality, balanced or fast; default: balanced")] = None,
     steps: Annotated[int | None, typer.Option(help="denoising steps; default: the model's")] = None,
-    seed: Annotated[int, typer.Option(help="of the initial noise, 0 to 2^64 - 1")] = 0,
+    seed: Annotated[
+        list[str] | None,
+        typer.Option(help="of the initial noise, 0 to 2^64 - 1, or several: 0-3; repeatable. Default: 0"),
+    ] = None,
     sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
     search_step: Annotated[
@@ -136,52 +154,64 @@ def main(
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
-    """Samples one video for each prompt."""
+    """Samples one video for each prompt and seed."""
     given = dict(locals())
     _check(given)
+    seeds = tuple(parse_seeds(seed))
+    from models.commands.encoders import decoded, given_prompts
     from models.commands.loras import parse_loras
+    from models.commands.prepare import Options, of_latents, of_words
     from models.commands.report import summary
-    from models.commands.runs import Options, Runs
     from models.pipeline.guidance import Guidance
     from models.pipeline.words import takes_words
 
     scales = Guidance(guidance, guidance_low_noise, true_cfg, dynamic_guidance)
-    size = (frames, height, width)
     options = Options(
         preset,
         _changes(given),
-        size,
+        (frames, height, width),
         dtype,
         shift,
         scales,
-        seed,
+        seeds,
         compare,
         dense,
         follow_links,
         mesh,
         "sharded" if weights == "sharded" else "replicated",
         parse_loras(given),
+        debug,
     )
+    found = given_prompts(prompt, prompts)
+    batches = [found] if prompts is None else [[line] for line in found]
+    texts = Texts(batches, None if negative_prompt is None else decoded(negative_prompt), image, last_image)
     words = takes_words(checkpoint)
     if words:
         refuse(given, WORDS)
+    elif embeddings is not None:
+        refuse(given, EMBEDDED)
     if distributed:
         join()
-    console = stderr()
-    with results(out) if is_first() else nullcontext() as found:
+    with results(out, sparing(out, embeddings)) if is_first() else nullcontext() as written:
         if words:
-            runs = Runs.of_words(checkpoint, prompt, options)
+            runs = of_words(checkpoint, texts, options)
         else:
-            runs = Runs.of_embeddings(checkpoint, prompt, embeddings, vae, options)
+            runs = of_latents(checkpoint, texts, embeddings, vae, options)
+        console = stderr()
         if (sharding := runs.pipeline.sharding) is not None:
             sizes = ", ".join(f"{axis}={size}" for axis, size in sharding.mesh.shape.items())
             console.print(f"sampling on {sharding.mesh.size} devices: {sizes}", highlight=False)
-        samples = {}
-        for name in ["dense"] * (dense or compare) + ["AdaSpa"] * (not dense):
-            samples[name] = timed(console, name, runs.config.steps, runs.sample, dense=name == "dense")
-            runs.keep(found, samples)
-        report = runs.show(found, samples)
-    console.print(f"{summary(report)}\nwrote {out}", highlight=False)
+        runs.begin(written)
+        for job in runs.jobs:
+            with nullcontext() if written is None else written.of_run(job.name) as folder:
+                samples: dict[str, Any] = {}
+                for name in ("dense" if kind else "AdaSpa" for kind in options.kinds):
+                    samples[name] = timed(console, name, runs, job)
+                    runs.keep(folder, job, samples)
+                report = runs.show(folder, job, samples)
+            console.print(f"{job.title}{summary(report)}", highlight=False, markup=False)
+        runs.end(written)
+    console.print(f"wrote {out}", highlight=False, markup=False)
     if not runs.shown:
         console.print("no VAE here: decode with python -m models.decode --checkpoint PIPELINE --latents ...")
 

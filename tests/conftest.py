@@ -6,6 +6,7 @@ as people do.
 """
 
 import atexit
+import os
 import tempfile
 
 import hypothesis
@@ -15,6 +16,8 @@ import pytest
 
 COMPILED = tempfile.TemporaryDirectory(prefix="adaspa-tests-")
 atexit.register(COMPILED.cleanup)
+# What commands keep for the user goes there too, that of processes of their own included.
+os.environ["XDG_CACHE_HOME"] = COMPILED.name
 jax.config.update("jax_compilation_cache_dir", COMPILED.name)
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)

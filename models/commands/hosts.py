@@ -32,8 +32,8 @@ def join() -> None:
 
 
 def is_first() -> bool:
-    """Whether this is the host that writes and prints; true where there is one."""
-    return jax.process_index() == 0
+    """Whether this is the host that writes and prints; true where there is one. Asks for no device."""
+    return not jax.distributed.is_initialized() or jax.process_index() == 0
 
 
 def stderr() -> Console:

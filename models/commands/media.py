@@ -86,32 +86,55 @@ def write_mp4(path: Path, frames: list[Image.Image], fps: int) -> None:
         container.mux(stream.encode())
 
 
-def write_sheet(path: Path, rows: dict[str, np.ndarray], prompts: list[str], columns: int = 8) -> None:
-    """Contact sheet: frames from left to right, prompts from top to bottom, the runs of a prompt above each other."""
+Strip = tuple[str, np.ndarray]
+"""A caption and uint8 [columns, H, W, 3], frames from left to right."""
+
+
+def strips_of(rows: dict[str, np.ndarray], prompts: list[str], columns: int = 8) -> list[Strip]:
+    """Some frames of each video, the runs of a prompt one after the other; `rows` as for `grid_frames`."""
     count = next(iter(rows.values())).shape[1]
     picked = np.linspace(0, count - 1, min(columns, count)).round().astype(int)
-    tile = _enlarge(next(iter(rows.values()))[0, 0], 96)
+    return [
+        (f"{label}: {prompt}", clips[p][picked]) for p, prompt in enumerate(prompts) for label, clips in rows.items()
+    ]
+
+
+def shrunk(strip: Strip, height: int = 192) -> Strip:
+    """A strip with frames of at most that height, so that many can be kept."""
+    caption, frames = strip
+    if frames.shape[1] <= height:
+        return strip
+    size = (max(1, round(frames.shape[2] * height / frames.shape[1])), height)
+    return caption, np.stack([np.asarray(Image.fromarray(frame).resize(size)) for frame in frames])
+
+
+def write_sheet(path: Path, strips: list[Strip]) -> None:
+    """Contact sheet: the strips, which are of one size, from top to bottom."""
+    tile = _enlarge(strips[0][1][0], 96)
     bar, gap = 18, 2
-    size = ((tile.width + gap) * len(picked), (tile.height + bar) * len(prompts) * len(rows))
+    size = ((tile.width + gap) * len(strips[0][1]), (tile.height + bar) * len(strips))
     sheet = Image.new("RGB", size, "#202020")
     draw = ImageDraw.Draw(sheet)
-    strips = [(f"{label}: {prompt}", clips[p]) for p, prompt in enumerate(prompts) for label, clips in rows.items()]
-    for r, (caption, clip) in enumerate(strips):
+    for r, (caption, frames) in enumerate(strips):
         top = r * (tile.height + bar)
         draw.text((4, top + 3), caption, fill="white")
-        for c, frame in enumerate(picked):
-            sheet.paste(_enlarge(clip[frame], 96), (c * (tile.width + gap), top + bar))
+        for c, frame in enumerate(frames):
+            sheet.paste(_enlarge(frame, 96), (c * (tile.width + gap), top + bar))
     sheet.save(path)
 
 
-def write_runs(folder: Path, videos: dict[str, np.ndarray], prompts: list[str], fps: int, *, gif: bool = False) -> None:
+def write_runs(
+    folder: Path, videos: dict[str, np.ndarray], prompts: list[str], fps: int, *, gif: bool = False
+) -> list[Strip]:
     """video.mp4, video.gif if asked for, and sheet.png, with the runs of each prompt above each other.
 
-    `videos`: float [B, 3, F, H, W] in [-1, 1] each.
+    `videos`: float [B, 3, F, H, W] in [-1, 1] each. Returns what is on the sheet.
     """
     rows = {name: to_pixels(video) for name, video in videos.items()}
     frames = grid_frames(rows, prompts)
     write_mp4(folder / "video.mp4", frames, fps)
     if gif:
         write_gif(folder / "video.gif", frames, fps)
-    write_sheet(folder / "sheet.png", rows, prompts)
+    strips = strips_of(rows, prompts)
+    write_sheet(folder / "sheet.png", strips)
+    return strips

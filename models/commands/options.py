@@ -18,12 +18,22 @@ WORDS = {
     "distributed": "this checkpoint is small and samples on one device",
     "weights": "this checkpoint is small and samples on one device",
     "share_cfg_indices": "this checkpoint was trained without guidance, so there are no two branches",
+    "negative_prompt": "this checkpoint was trained without guidance",
+    "image": "this checkpoint makes videos of words alone",
+    "last_image": "this checkpoint makes videos of words alone",
     "lora_high_noise": "this checkpoint has one expert, whose LoRA is --lora",
     "lora_low_noise": "this checkpoint has one expert, whose LoRA is --lora",
 }
 """Of `models.sample`, with a checkpoint of pixels that has a word encoder."""
-LATENTS = {"prompt": "the prompts of this checkpoint are those that --embeddings FILE was made from"}
-"""Of `models.sample`, with a checkpoint of latents."""
+EMBEDDED = dict.fromkeys(
+    ("prompt", "prompts", "negative_prompt", "image", "last_image"),
+    "prompts and pictures are those that --embeddings FILE was made from",
+)
+"""Of `models.sample`, with --embeddings."""
+HOSTS = dict.fromkeys(
+    ("prompt", "prompts"), "several hosts read one file of models.encode_prompt: give --embeddings, which all can read"
+)
+"""Of `models.sample`, with --distributed."""
 DENSE = dict.fromkeys(
     ("preset", "sparsity", "search_step", "dense_layer", "dense_last_steps", "share_cfg_indices", "compensation"),
     "it is AdaSpa's, and a --dense run skips nothing",

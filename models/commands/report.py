@@ -71,7 +71,7 @@ def distance(videos: dict[str, np.ndarray]) -> dict[str, float]:
     }
 
 
-def write_report(path: Path, fields: dict[str, Any]) -> None:
+def write_json(path: Path, fields: Any) -> None:
     """Writes JSON that every reader takes: no NaN, no Infinity but as null and as text."""
     path.write_text(json.dumps(json_values(fields), indent=2, allow_nan=False) + "\n", encoding="utf-8")
 

@@ -114,6 +114,23 @@ def _wanted(
     return wanted | negatives if guided else wanted
 
 
+def takes_image(model: VideoTransformer) -> bool:
+    """Whether the model cannot do without an image to animate."""
+    return bool(model.config.in_channels > model.config.out_channels)
+
+
+def stand_ins(model: VideoTransformer, latents: Grid, count: int, *, image: bool, first_frame: bool) -> Embeddings:
+    """Zeros for `count` prompts that `check_embeddings` takes, negative ones too: to check a run before encoding.
+
+    `image`: the one to animate is given. `first_frame`: as there.
+    """
+    given = ["condition"] if image else []
+    wanted = _wanted(model, latents, given, True, first_frame)
+    make = lambda name: np.ones if name.endswith(_MASK) else np.zeros
+    sizes = {name: (count, *(n if isinstance(n, int) else 1 for n in shape)) for name, shape in wanted.items()}
+    return {name: make(name)(size, np.float32) for name, size in sizes.items()}
+
+
 def _check_values(name: str, x: np.ndarray) -> None:
     """ValueError for numbers that would make every latent NaN."""
     if not np.isfinite(x).all():

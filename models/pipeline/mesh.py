@@ -36,15 +36,23 @@ def parse_mesh(text: str, heads: int, batch: int, config: SparseConfig, devices:
 
     `heads` of the model, `batch` with both branches of guidance counted. ValueError for what is no mesh.
     """
-    if text == "auto":
+    sizes = parse_axes(text)
+    if sizes is None:
         return make_mesh(*best_mesh(len(jax.devices() if devices is None else devices), heads, batch, config), devices)
+    return make_mesh(**sizes, devices=devices)
+
+
+def parse_axes(text: str) -> dict[str, int] | None:
+    """The sizes of "data=2,heads=4", None for "auto"; asks for no device. ValueError for what is no mesh."""
+    if text == "auto":
+        return None
     sizes = dict.fromkeys(_AXES, 1)
     for part in text.split(","):
         name, _, size = part.strip().partition("=")
         if name not in sizes or not size.isascii() or not size.isdigit() or int(size) < 1:
             raise ValueError(f"--mesh {text!r}: {part!r} is no axis; give auto, or some of data=N,heads=N,rows=N")
         sizes[name] = int(size)
-    return make_mesh(**sizes, devices=devices)
+    return sizes
 
 
 def best_mesh(devices: int, heads: int, batch: int, config: SparseConfig) -> tuple[int, int, int]:

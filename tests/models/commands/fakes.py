@@ -4,6 +4,7 @@ import functools
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,6 +49,7 @@ class Fakes:
         monkeypatch.setattr(video, "describe", self.describe)
         monkeypatch.setattr(words, "from_pretrained", self.describe)
         monkeypatch.setattr(VideoPipeline, "with_weights", lambda self, *rest, **options: self)
+        monkeypatch.setattr(VideoPipeline, "compile", lambda self, *rest, **options: SimpleNamespace(seconds=1.0))
         monkeypatch.setattr(VideoPipeline, "sample", lambda *given, **options: self.sample(*given, **options))
         monkeypatch.setattr(decoding, "check_decoder", lambda *given: None)
         monkeypatch.setattr(decoding, "decode_latents", self.decode)
@@ -63,7 +65,8 @@ class Fakes:
         return describe(path, dtype)
 
     def sample(self, pipe: Any, embeddings: Any, config: Any, **options: Any) -> LatentSample:
-        options.pop("progress")
+        for name in ("progress", "program"):
+            options.pop(name)
         given = {name: x.tobytes() for name, x in embeddings.items()}
         mesh = pipe.sharding and dict(pipe.sharding.mesh.shape)
         self.calls.append((pipe.scheduler, str(pipe.experts[0].dtype), config, options, given, mesh))
@@ -72,6 +75,11 @@ class Fakes:
         layout = pipe.experts[0].layout(plan.shape[2:], 11, config)
         latents = self.latents(options["dense"], plan.shape)
         return LatentSample(latents, ((),), layout, config, (), 2.0, 1.0, "xla")
+
+    def encode(self, wanted: Any) -> dict[str, np.ndarray]:
+        self.calls.append(wanted)
+        names = ("prompt_embeds", "negative_prompt_embeds")
+        return {name: np.zeros((len(wanted.prompts), 11, 24), np.float32) for name in names}
 
     def decode(
         self, path: Path, latents: np.ndarray, *, dtype: str, progress: Any, follow_links: bool, mesh: Any

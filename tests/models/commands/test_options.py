@@ -1,6 +1,7 @@
 """Every option of every command is used or refused, with both kinds of checkpoint. A new option needs an entry here."""
 
 import inspect
+import json
 import re
 import shutil
 from pathlib import Path
@@ -8,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from convert import __main__ as convert
 from convert import writer
 from models import decode, encode_prompt, sample
+from models.commands.encoding import Encoder
 from models.commands.options import DENSE
 from models.pipeline.latents import SavedLatents, write_latents
 from tests.models.commands.fakes import WORDS, Fakes, call, latent_arguments
@@ -26,7 +29,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "checkpoint": ["--checkpoint", "no/such"],
         "preset": ["--preset", "fast"],
         "steps": ["--steps", 8],
-        "seed": ["--seed", 2**64 - 1],
+        "seed": ["--seed", "3-4"],
         "sparsity": ["--sparsity", 0.25],
         "block_size": ["--block-size", 32],
         "search_step": ["--search-step", 2],
@@ -52,6 +55,7 @@ BOTH: dict[str, dict[str, Entry]] = {
     "encode_prompt": {
         "checkpoint": ["--checkpoint", "another"],
         "prompt": ["--prompt", "a dog"],
+        "prompts": "exclude each other",
         "negative": ["--negative", "blurred"],
         "image": ["--image", "no/such"],
         "last_image": "goes with --image",
@@ -74,6 +78,9 @@ BOTH: dict[str, dict[str, Entry]] = {
 ONLY: dict[tuple[str, str], dict[str, Entry]] = {
     ("sample", "words"): {
         "prompt": ["--prompt", "green ring moving down"],
+        "prompts": "exclude each other",
+        "negative_prompt": "trained without guidance",
+        **dict.fromkeys(("image", "last_image"), "makes videos of words alone"),
         "embeddings": "this checkpoint encodes words itself",
         "vae": "pixels, which need no VAE",
         **dict.fromkeys(("frames", "height", "width"), "the size it was trained on"),
@@ -86,7 +93,10 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
     },
     ("sample", "latents"): {
-        "prompt": "those that --embeddings FILE was made from",
+        **dict.fromkeys(
+            ("prompt", "prompts", "negative_prompt", "image", "last_image"),
+            "those that --embeddings FILE was made from",
+        ),
         "embeddings": ["--embeddings", "no/such"],
         "vae": ["--vae", "no/such"],
         "frames": ["--frames", 13],
@@ -106,7 +116,18 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
     ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
     ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
 }
+ONLY["sample", "text"] = ONLY["sample", "latents"] | {
+    "prompt": ["--prompt", "a dog"],
+    "prompts": "exclude each other",
+    "negative_prompt": ["--negative-prompt", "blurred"],
+    "image": "takes no --image",
+    "last_image": "goes with --image",
+    "embeddings": "those that --embeddings FILE was made from",
+    "distributed": "is for several hosts",
+}
+"""A pipeline with text encoders."""
 REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog", "mesh": "auto", "weights": "sharded"}
+REFUSED |= {"prompts": "lines.txt", "negative_prompt": "blurred", "image": "cat.png", "last_image": "cat.png"}
 REFUSED |= dict.fromkeys(("lora_high_noise", "lora_low_noise"), "x.lora")
 """Values of options that are refused; numbers get 2."""
 FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links", "distributed")
@@ -127,13 +148,32 @@ def base(command: str, kind: str, checkpoint: Path) -> dict[str, list[Any]]:
         return given | {"prompt": ["--prompt", "a cat"], "out": ["--out", "out"]}
     given["out"] = ["--out", "out"]
     Path("x.lora").touch()
+    Path("lines.txt").write_text("a cat\n")
+    Image.new("RGB", (8, 8)).save("cat.png")
     if command == "decode":
         latents = np.zeros((1, 3 if kind == "words" else 4, 3, 16, 16), np.float32)
         write_latents(Path("x"), SavedLatents({"dense": latents}, ["a cat"], 8))
         return given | {"latents": ["--latents", "x"]}
+    if kind == "text":
+        given |= {"prompt": ["--prompt", "a cat"], "checkpoint": ["--checkpoint", with_text_encoder(checkpoint)]}
     arguments = list(WORDS if kind == "words" else latent_arguments(checkpoint))
     pairs = zip(arguments[::2], arguments[1::2], strict=True)
-    return given | {name.removeprefix("--").replace("-", "_"): [name, value] for name, value in pairs}
+    parameters = {name.removeprefix("--").replace("-", "_"): [name, value] for name, value in pairs}
+    if kind == "text":
+        del parameters["embeddings"]
+    return given | parameters
+
+
+def with_text_encoder(checkpoint: Path) -> Path:
+    """A copy of a Wan pipeline that looks as if it could encode."""
+    folder = Path("whole")
+    if not folder.exists():
+        (folder / "text_encoder").mkdir(parents=True)
+        for name in ("transformer", "scheduler", "vae"):
+            (folder / name).symlink_to(checkpoint / name)
+        index = {"_class_name": "WanPipeline", "text_encoder": ["transformers", "UMT5EncoderModel"]}
+        (folder / "model_index.json").write_text(json.dumps(index))
+    return folder
 
 
 def observe(command: str, arguments: dict[str, list[Any]], fakes: Fakes, monkeypatch: Any, capsys: Any) -> Any:
@@ -170,7 +210,7 @@ BASES: dict[Any, Any] = {}
 CASES = [
     (command, kind, option)
     for command, module in COMMANDS.items()
-    for kind in KINDS
+    for kind in (*KINDS, *["text"] * (command == "sample"))
     for option in inspect.signature(module.main).parameters
 ]
 
@@ -191,6 +231,7 @@ def test_an_option_is_used_or_refused(
     monkeypatch.chdir(tmp_path)
     record(encode_prompt, "encode", {"prompt_embeds": np.zeros((1, 1, 1), np.float32)}, fakes, monkeypatch)
     record(writer, "convert", None, fakes, monkeypatch)
+    monkeypatch.setattr(Encoder, "encode", lambda self, wanted: fakes.encode(wanted))
     given = base(command, kind, tiny_pipeline if kind == "words" else wan_pipeline)
     if option == "debug":
         given["broken"] = BROKEN.get(command, ["--dtype", "x"])
@@ -226,5 +267,5 @@ def test_options_of_adaspa_do_not_go_with_dense(
 
 def test_no_entry_is_of_an_option_that_is_gone() -> None:
     for command, module in COMMANDS.items():
-        for kind in KINDS:
+        for kind in (*KINDS, *["text"] * (command == "sample")):
             assert set(entries(command, kind)) == set(inspect.signature(module.main).parameters)
