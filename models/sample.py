@@ -151,6 +151,10 @@ def main(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
     ] = False,
+    compile_cache: Annotated[
+        str | None,
+        typer.Option(help="FOLDER of compiled programs, which later runs reuse, or off; default: the user's cache"),
+    ] = None,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -158,6 +162,7 @@ def main(
     given = dict(locals())
     _check(given)
     seeds = tuple(parse_seeds(seed))
+    from models.commands.caches import keep_compiled
     from models.commands.encoders import decoded, given_prompts
     from models.commands.loras import parse_loras
     from models.commands.prepare import Options, of_latents, of_words
@@ -190,6 +195,7 @@ def main(
         refuse(given, WORDS)
     elif embeddings is not None:
         refuse(given, EMBEDDED)
+    uncached = keep_compiled(compile_cache)
     if distributed:
         join()
     with results(out, sparing(out, embeddings)) if is_first() else nullcontext() as written:
@@ -198,6 +204,8 @@ def main(
         else:
             runs = of_latents(checkpoint, texts, embeddings, vae, options)
         console = stderr()
+        if uncached:
+            console.print(uncached, highlight=False, markup=False, soft_wrap=True)
         if (sharding := runs.pipeline.sharding) is not None:
             sizes = ", ".join(f"{axis}={size}" for axis, size in sharding.mesh.shape.items())
             console.print(f"sampling on {sharding.mesh.size} devices: {sizes}", highlight=False)

@@ -4,7 +4,14 @@ All of it may be deleted at any time.
 """
 
 import os
+import tempfile
 from pathlib import Path
+
+import jax
+from jax.experimental.compilation_cache import compilation_cache
+
+_LEAST_SECONDS = 0.2
+"""Of a compilation that is worth a file."""
 
 
 def cache_folder(name: str) -> Path | None:
@@ -16,3 +23,33 @@ def cache_folder(name: str) -> Path | None:
     except RuntimeError:
         return None
     return base / "adaspa_jax" / name
+
+
+def keep_compiled(given: str | None) -> str | None:
+    """Makes JAX keep what it compiles from now on: in a folder, "off", or None: in the user's, or where JAX is set to.
+
+    Returns what is to be said if the user's folder cannot be written; nothing is kept then. Raises ValueError if the
+    folder that was given cannot be.
+    """
+    if given == "off":
+        jax.config.update("jax_enable_compilation_cache", False)
+        return None
+    if given is None and getattr(jax.config, "jax_compilation_cache_dir", None):  # JAX_COMPILATION_CACHE_DIR
+        return None
+    folder = cache_folder("compiled") if given is None else Path(given)
+    if folder is None:
+        return None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        if given is None:
+            return f"compiled programs are not kept: {folder} cannot be written ({error.strerror})"
+        raise ValueError(
+            f"--compile-cache {given} cannot be written ({error.strerror}); name another folder, or off"
+        ) from error
+    jax.config.update("jax_compilation_cache_dir", str(folder.absolute()))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", _LEAST_SECONDS)
+    compilation_cache.reset_cache()  # which looks at its folder once
+    return None

@@ -82,7 +82,7 @@ class Encoder:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(folder / key, embeddings)
         except OSError as error:
-            self.console.print(f"embeddings are not cached: {error}", highlight=False)
+            self.console.print(f"embeddings are not cached: {error}", highlight=False, markup=False, soft_wrap=True)
             return None
         return folder
 

@@ -50,8 +50,11 @@ def test_compare_writes_everything(tiny_pipeline: Path, tmp_path: Path) -> None:
     out = tmp_path / "deep" / "out"
     call = [sys.executable, "-m", "models.sample", "--checkpoint", str(converted), "--compare", "--out", str(out)]
     call += ["--steps", "6", "--block-size", "16", "--sparsity", "0.75", *(x for p in PROMPTS for x in ("--prompt", p))]
+    kept = tmp_path / "kept"
+    call += ["--compile-cache", str(kept)]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
+    assert len([file for file in kept.iterdir() if file.name.startswith("jit_step-")]) == 2  # dense and AdaSpa
     assert sorted(f.name for f in out.iterdir()) == [
         "blocks.png",
         "latents.safetensors",

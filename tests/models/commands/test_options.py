@@ -41,6 +41,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "dense": ["--dense"],
         "lora": ["--lora", "x.lora:0.5"],
         "compare": ["--compare"],
+        "compile_cache": ["--compile-cache", "no/such"],
         "follow_links": ["--follow-links"],
         "out": ["--out", "another"],
         "debug": ["--debug"],
@@ -148,6 +149,7 @@ def base(command: str, kind: str, checkpoint: Path) -> dict[str, list[Any]]:
         return given | {"prompt": ["--prompt", "a cat"], "out": ["--out", "out"]}
     given["out"] = ["--out", "out"]
     Path("x.lora").touch()
+    Path("no").touch()  # so that no/such cannot be made
     Path("lines.txt").write_text("a cat\n")
     Image.new("RGB", (8, 8)).save("cat.png")
     if command == "decode":
