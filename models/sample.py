@@ -23,7 +23,7 @@ from models.commands.cli import run_cli
 from models.commands.files import results, sparing
 from models.commands.hosts import is_first, join, stderr
 from models.commands.jobs import Job, Texts, parse_seeds
-from models.commands.options import DENSE, EMBEDDED, HOSTS, WORDS, is_given, refuse
+from models.commands.options import DENSE, EMBEDDED, FEW, HOSTS, WORDS, is_given, refuse
 
 _DTYPES = ("float32", "bfloat16")
 _WEIGHTS = ("replicated", "sharded")
@@ -46,7 +46,17 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
     named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
     same = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", "compensation")
-    return {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
+    found = {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
+    few = _timesteps(given["timesteps"])
+    return found if few is None else found | {"steps": len(few)}
+
+
+def _timesteps(text: str | None) -> tuple[float, ...] | None:
+    """Those of "1000,750". ValueError for what is no number."""
+    try:
+        return None if text is None else tuple(float(part) for part in text.split(","))
+    except ValueError as error:
+        raise ValueError(f"--timesteps {text} must be numbers with commas, such as 1000,750,500,250") from error
 
 
 def _check(given: dict[str, Any]) -> None:
@@ -72,6 +82,10 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError("--distributed is for several hosts, whose devices are one mesh: give --mesh, auto for all")
     if given["distributed"]:
         refuse(given, HOSTS)
+    if given["timesteps"] is not None:
+        refuse(given, FEW)
+    elif given["renoise"]:
+        raise ValueError("--renoise goes with --timesteps, those that the model was distilled to; give them too")
     VideoSize(*(1 if given[name] is None else given[name] for name in ("frames", "height", "width")))
     SparseConfig.preset(given["preset"] or "balanced", **_changes(given))
 
@@ -126,6 +140,13 @@ def main(
     shift: Annotated[
         float | None, typer.Option(help="time shift of a flow scheduler; default: the checkpoint's")
     ] = None,
+    timesteps: Annotated[
+        str | None,
+        typer.Option(help="of a distilled flow model, in place of --steps: 1000,750,500,250, before the time shift"),
+    ] = None,
+    renoise: Annotated[
+        bool, typer.Option("--renoise", help="with --timesteps: fresh noise in each step, for models distilled by DMD")
+    ] = False,
     lora: Annotated[
         list[str] | None, typer.Option(help="FILE or FILE:SCALE, a LoRA to merge, into both experts of two; repeatable")
     ] = None,
@@ -177,6 +198,8 @@ def main(
         (frames, height, width),
         dtype,
         shift,
+        _timesteps(timesteps),
+        renoise,
         scales,
         seeds,
         compare,

@@ -34,6 +34,8 @@ HOSTS = dict.fromkeys(
     ("prompt", "prompts"), "several hosts read one file of models.encode_prompt: give --embeddings, which all can read"
 )
 """Of `models.sample`, with --distributed."""
+FEW = {"steps": "--timesteps say how many there are"}
+"""Of `models.sample`, with --timesteps."""
 DENSE = dict.fromkeys(
     ("preset", "sparsity", "search_step", "dense_layer", "dense_last_steps", "share_cfg_indices", "compensation"),
     "it is AdaSpa's, and a --dense run skips nothing",

@@ -36,6 +36,10 @@ class Options:
     """Frames, height, width."""
     dtype: str | None = None
     shift: float | None = None
+    timesteps: tuple[float, ...] | None = None
+    """Of a few steps, before the shift."""
+    renoise: bool = False
+    """Fresh noise in each of them."""
     guidance: Guidance = dataclasses.field(default_factory=Guidance)
     seeds: tuple[int, ...] = (0,)
     compare: bool = False
@@ -140,7 +144,8 @@ def _checked(pipeline: VideoPipeline, jobs: list[Job], options: Options, **rest:
         raise ValueError(f"--guidance {guidance.scale}: this model embeds no guidance; leave it out, or --true-cfg")
     size = _size(pipeline, options)
     config = family.config(options.preset, **options.changes)
-    runs = Runs(pipeline.with_shift(options.shift), jobs, config, size, guidance, loras=options.loras, **rest)
+    pipeline = pipeline.with_shift(options.shift).with_timesteps(options.timesteps, options.renoise)
+    runs = Runs(pipeline, jobs, config, size, guidance, loras=options.loras, **rest)
     for job in jobs:
         runs.plan(job)
     if runs.shown:

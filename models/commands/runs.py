@@ -31,6 +31,7 @@ from models.pipeline.mesh import Weights
 from models.pipeline.plan import Plan
 from models.pipeline.program import Program
 from models.pipeline.video import LatentSample, VideoPipeline
+from models.schedulers import FewStep
 
 MASS_LIMIT = 1 << 30
 """Of the block mass kept for blocks.png, in bytes."""
@@ -115,6 +116,10 @@ class Runs:
         fields = fields_of(job.prompts, job.seed, self.config, runs) | size
         if self.loras:
             fields["loras"] = [{"file": str(x.path), "scale": x.scale, "expert": x.expert} for x in self.loras]
+        scheduler = self.pipeline.scheduler
+        if isinstance(scheduler, FewStep):
+            timesteps = scheduler.tables(self.config.steps)["timestep"].tolist()
+            fields |= {"timesteps": timesteps, "shift": scheduler.shift, "renoise": scheduler.renoise}
         phases = self.phases | job.phases
         return fields | {"phases": {f"{name}_seconds": s for name, s in phases.items()}, "memory": memory()}
 

@@ -23,7 +23,7 @@ from models.pipeline.guidance import cfg
 from models.pipeline.mesh import Weights, create_states, gather_small, placed, put
 from models.pipeline.plan import Plan
 from models.pipeline.predict import predict as call
-from models.schedulers import AnyScheduler, CogVideoXDPM
+from models.schedulers import AnyScheduler, CogVideoXDPM, FewStep
 from models.schedulers.seeds import key_of, words_of
 from models.transformers.base import VideoTransformer
 from pallas_kernels import Implementation
@@ -49,7 +49,7 @@ class Functions:
     def begin(self, noise: Array, given: dict[str, Array], words: Array) -> Any:
         """The scheduler's carry before the first step; `words` uint32 [2], of the seed."""
         scheduler = self.scheduler
-        if isinstance(scheduler, CogVideoXDPM):
+        if isinstance(scheduler, CogVideoXDPM | FewStep):
             scheduler = dataclasses.replace(scheduler, seed=key_of(words))
         return scheduler.init(self.family.start(noise, given.get("condition")))
 

@@ -24,6 +24,7 @@ from models.pipeline.mesh import Weights, for_report, placement
 from models.pipeline.plan import Plan, branches, initial_noise, split_steps
 from models.pipeline.program import Functions, Program, Progress, compile_program
 from models.schedulers import AnyScheduler, FlowMatchEuler, UniPC
+from models.schedulers.few_step import of_flow
 from models.schedulers.seeds import check_seed
 from models.transformers.base import VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
@@ -130,6 +131,15 @@ class VideoPipeline:
         if not isinstance(self.scheduler, FlowMatchEuler | UniPC):
             raise ValueError(f"{shift=}: {type(self.scheduler).__name__} has no shift; leave it out")
         return dataclasses.replace(self, scheduler=dataclasses.replace(self.scheduler, shift=shift))
+
+    def with_timesteps(self, timesteps: tuple[float, ...] | None, renoise: bool = False) -> "VideoPipeline":
+        """Sampled at these, as distilled models are, see `FewStep`; ValueError if that cannot be. None changes nothing.
+
+        They are shifted like the scheduler's own; a shift of 1 leaves them as they are.
+        """
+        if timesteps is None:
+            return self
+        return dataclasses.replace(self, scheduler=of_flow(self.scheduler, timesteps, renoise))
 
     def _check_guidance(self, guidance: Guidance, scale: float) -> None:
         """ValueError for a part of it that has no effect on this model."""

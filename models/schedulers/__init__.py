@@ -8,14 +8,15 @@ from typing import Any
 
 from models.schedulers.cogvideox_ddim import CogVideoXDDIM
 from models.schedulers.cogvideox_dpm import CogVideoXDPM
+from models.schedulers.few_step import FewStep
 from models.schedulers.flow_match_euler import FlowMatchEuler
 from models.schedulers.unipc import UniPC
 
-__all__ = ["SCHEDULERS", "CogVideoXDDIM", "CogVideoXDPM", "FlowMatchEuler", "UniPC", "from_config"]
+__all__ = ["SCHEDULERS", "CogVideoXDDIM", "CogVideoXDPM", "FewStep", "FlowMatchEuler", "UniPC", "from_config"]
 
-AnyScheduler = FlowMatchEuler | UniPC | CogVideoXDDIM | CogVideoXDPM
+AnyScheduler = FlowMatchEuler | UniPC | CogVideoXDDIM | CogVideoXDPM | FewStep
 
-SCHEDULERS: dict[str, type[AnyScheduler]] = {
+SCHEDULERS: dict[str, type[FlowMatchEuler | UniPC | CogVideoXDDIM | CogVideoXDPM]] = {
     "FlowMatchEulerDiscreteScheduler": FlowMatchEuler,
     "UniPCMultistepScheduler": UniPC,
     "CogVideoXDDIMScheduler": CogVideoXDDIM,

@@ -1,6 +1,5 @@
 """CogVideoX's stochastic DPM-Solver++ (2M)."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,14 +9,7 @@ import numpy as np
 from jax import Array
 
 from models.schedulers.cogvideox_ddim import CogVideoXSchedule, x0_from_velocity
-from models.schedulers.seeds import as_key, check_seed
-
-Noise = Callable[[Array, Array, Array], Array]
-
-
-def normal(key: Array, number: Array, latents: Array) -> Array:
-    """Standard normal noise shaped like the latents; `number` of the step is not used, the key differs in each."""
-    return jax.random.normal(key, latents.shape, latents.dtype)
+from models.schedulers.seeds import Noise, as_key, check_seed, normal
 
 
 class DPMCarry(NamedTuple):

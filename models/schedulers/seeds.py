@@ -1,12 +1,16 @@
 """Seeds to PRNG keys: 64 bits, and the same numbers whatever `jax_enable_x64` and the default PRNG are."""
 
 import operator
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+
+Noise = Callable[[Array, Array, Array], Array]
+"""(key, int32 number of the step from 0, latents) -> noise shaped like the latents."""
 
 
 def check_seed(seed: Any) -> int:
@@ -47,3 +51,8 @@ def as_key(seed: Any) -> Array:
     if jnp.issubdtype(seed.dtype, jax.dtypes.prng_key):
         return seed
     return jax.random.key(seed, impl="threefry2x32")
+
+
+def normal(key: Array, number: Array, latents: Array) -> Array:
+    """Standard normal noise shaped like the latents; `number` of the step is not used, the key differs in each."""
+    return jax.random.normal(key, latents.shape, latents.dtype)

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import cpu, quality
+from adaspa_jax import SparseConfig
+from benchmarks import cpu, few_steps, quality
 from tests.matrix import in_matrix
 
 
@@ -38,3 +39,15 @@ def test_cpu_measures_what_it_prints() -> None:
     assert row["sparse_over_torch"] == pytest.approx(row["torch_seconds"] / row["sparse_seconds"])
     assert row["sparse_over_dense"] == pytest.approx(row["dense_seconds"] / row["sparse_seconds"])
     assert row["sparse_gflops"] == pytest.approx(row["density"] * 4e-9 * 4 * 512**2 * 64 / row["sparse_seconds"])
+
+
+def test_few_steps_writes_its_rows(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(few_steps, "CHECKPOINT", tiny_pipeline)
+    monkeypatch.setattr(few_steps, "PROMPTS", few_steps.PROMPTS[:1])
+    monkeypatch.setattr(few_steps, "SCHEDULES", {4: ((1, 2), (2,))})
+    few_steps.main(json=tmp_path / "rows.json", sparsity=0.5)
+    rows = json.loads((tmp_path / "rows.json").read_text())
+    assert [(row["search_steps"], row["default"]) for row in rows] == [([1, 2], True), ([2], False)]
+    assert all(row["psnr_db"] > 10 for row in rows)
+    work = few_steps.attention(SparseConfig(steps=4, search_steps=(2, 3)), 0.25)
+    assert work == pytest.approx((1 + 1.5 + 0.75 + 0.25) / 4)

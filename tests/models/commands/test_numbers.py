@@ -1,14 +1,16 @@
 """Every number of an option is checked for what it means before weights are read."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
-from models import decode, sample
+from models import decode, sample, schedulers
 from models.pipeline.latents import SavedLatents, write_latents
 from models.pipeline.video import VideoPipeline
+from models.schedulers import CogVideoXDPM, FewStep
 from tests.models.commands.fakes import Fakes, call, latent_arguments
 
 SAMPLE: dict[str, list[tuple[Any, str]]] = {
@@ -25,6 +27,15 @@ SAMPLE: dict[str, list[tuple[Any, str]]] = {
     "guidance": [("nan", "scale=nan must be finite"), ("inf", "scale=inf"), (-1, "scale=-1.0")],
     "guidance-low-noise": [("nan", "low_noise=nan")],
     "true-cfg": [("nan", "true_cfg=nan"), (-2, "true_cfg=-2.0")],
+    "timesteps": [
+        ("x", "--timesteps x must be numbers with commas"),
+        ("1000,,500", "must be numbers with commas"),
+        ("500,1000", "timesteps=500,1000 must fall from at most 1000 and end above 0"),
+        ("1001,1", "must fall from at most 1000"),
+        ("1000,0", "end above 0"),
+        ("1000,nan", "must fall"),
+        ("inf,1", "must fall"),
+    ],
     "shift": [(0, "shift=0.0 must be positive"), (-1, "shift=-1.0"), ("nan", "shift=nan"), ("inf", "shift=inf")],
 }
 DECODE: dict[str, list[tuple[Any, str]]] = {
@@ -44,6 +55,8 @@ def test_numbers_of_sample(
 ) -> None:
     monkeypatch.setattr(VideoPipeline, "with_weights", None)
     given = ["--checkpoint", wan_pipeline, *latent_arguments(wan_pipeline), "--out", tmp_path / "out"]
+    if option == "timesteps":  # they say how many steps there are
+        del given[(steps := given.index("--steps")) : steps + 2]
     refused(sample, [*given, f"--{option}", value], message, monkeypatch, capsys)
     assert list(tmp_path.iterdir()) == []
 
@@ -51,6 +64,22 @@ def test_numbers_of_sample(
 @pytest.mark.parametrize(("option", "value", "message"), [(o, *case) for o, cases in DECODE.items() for case in cases])
 def test_numbers_of_decode(option: str, value: Any, message: str, tmp_path: Path, monkeypatch, capsys) -> None:
     refused(decode, ["--checkpoint", "x", "--latents", "x", f"--{option}", value], message, monkeypatch, capsys)
+
+
+def test_few_steps_are_of_flow_models_and_say_how_many(
+    wan_pipeline: Path, tmp_path: Path, fakes: Fakes, monkeypatch, capsys
+) -> None:
+    given = ["--checkpoint", wan_pipeline, *latent_arguments(wan_pipeline), "--out", tmp_path / "out"]
+    refused(sample, [*given, "--timesteps", "1000,500"], "--timesteps say how many there are", monkeypatch, capsys)
+    del given[(steps := given.index("--steps")) : steps + 2]
+    for flags in ((), ("--renoise",)):
+        assert call(monkeypatch, sample.main, *given, "--timesteps", "1000,500", "--shift", 1, *flags) == 0
+        scheduler, report = fakes.calls[-2][0], json.loads((tmp_path / "out/report.json").read_text())
+        assert scheduler == FewStep((1000, 500), 1, bool(flags))
+        assert (report["steps"], report["timesteps"], report["renoise"]) == (2, [1000, 500], bool(flags))
+    capsys.readouterr()
+    monkeypatch.setattr(schedulers, "from_config", lambda config: CogVideoXDPM())
+    refused(sample, [*given, "--timesteps", "1000,500"], "CogVideoXDPM takes none", monkeypatch, capsys)
 
 
 def test_search_steps_among_the_last_dense_ones_are_refused(

@@ -39,6 +39,8 @@ BOTH: dict[str, dict[str, Entry]] = {
         "compensation": ["--compensation", "pooled"],
         "dtype": ["--dtype", "bfloat16"],
         "dense": ["--dense"],
+        "timesteps": ["--timesteps", "1000,500"],
+        "renoise": "goes with --timesteps",
         "lora": ["--lora", "x.lora:0.5"],
         "compare": ["--compare"],
         "compile_cache": ["--compile-cache", "no/such"],
@@ -56,7 +58,7 @@ BOTH: dict[str, dict[str, Entry]] = {
     "encode_prompt": {
         "checkpoint": ["--checkpoint", "another"],
         "prompt": ["--prompt", "a dog"],
-        "prompts": "exclude each other",
+        "prompts": ["--prompts", "lines.txt"],
         "negative": ["--negative", "blurred"],
         "image": ["--image", "no/such"],
         "last_image": "goes with --image",
@@ -79,7 +81,7 @@ BOTH: dict[str, dict[str, Entry]] = {
 ONLY: dict[tuple[str, str], dict[str, Entry]] = {
     ("sample", "words"): {
         "prompt": ["--prompt", "green ring moving down"],
-        "prompts": "exclude each other",
+        "prompts": ["--prompts", "words.txt"],
         "negative_prompt": "trained without guidance",
         **dict.fromkeys(("image", "last_image"), "makes videos of words alone"),
         "embeddings": "this checkpoint encodes words itself",
@@ -119,7 +121,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
 }
 ONLY["sample", "text"] = ONLY["sample", "latents"] | {
     "prompt": ["--prompt", "a dog"],
-    "prompts": "exclude each other",
+    "prompts": ["--prompts", "lines.txt"],
     "negative_prompt": ["--negative-prompt", "blurred"],
     "image": "takes no --image",
     "last_image": "goes with --image",
@@ -131,7 +133,9 @@ REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog",
 REFUSED |= {"prompts": "lines.txt", "negative_prompt": "blurred", "image": "cat.png", "last_image": "cat.png"}
 REFUSED |= dict.fromkeys(("lora_high_noise", "lora_low_noise"), "x.lora")
 """Values of options that are refused; numbers get 2."""
-FLAGS = ("dynamic_guidance", "share_cfg_indices", "follow_links", "distributed")
+INSTEAD = {"prompts": "prompt", "timesteps": "steps"}
+"""Options that take the place of another."""
+FLAGS = ("renoise", "dynamic_guidance", "share_cfg_indices", "follow_links", "distributed")
 BROKEN = {"sample": ["--seed", -1], "decode": ["--fps", 0]}
 """What --debug shows a traceback of."""
 
@@ -145,12 +149,13 @@ def base(command: str, kind: str, checkpoint: Path) -> dict[str, list[Any]]:
     if command == "convert":
         return {"src": [checkpoint], "dst": ["out"]}
     given: dict[str, list[Any]] = {"checkpoint": ["--checkpoint", checkpoint]}
+    Path("lines.txt").write_text("a dog\n")
     if command == "encode_prompt":
         return given | {"prompt": ["--prompt", "a cat"], "out": ["--out", "out"]}
     given["out"] = ["--out", "out"]
     Path("x.lora").touch()
     Path("no").touch()  # so that no/such cannot be made
-    Path("lines.txt").write_text("a cat\n")
+    Path("words.txt").write_text("green ring moving down\n")
     Image.new("RGB", (8, 8)).save("cat.png")
     if command == "decode":
         latents = np.zeros((1, 3 if kind == "words" else 4, 3, 16, 16), np.float32)
@@ -250,7 +255,7 @@ def test_an_option_is_used_or_refused(
         assert re.search(re.escape(entry), error), error
         assert not Path("out").exists()
     else:
-        after = look(given | {option: entry})
+        after = look({name: x for name, x in given.items() if name != INSTEAD.get(option)} | {option: entry})
         assert after != before, f"{entry} has no effect"
         if option != "debug":
             assert after[0] == (2 if "no/such" in entry else 0), after[1]

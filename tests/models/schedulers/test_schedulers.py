@@ -9,12 +9,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from diffusers.schedulers import scheduling_dpm_cogvideox
+from diffusers.schedulers import scheduling_dpm_cogvideox, scheduling_flow_match_euler_discrete
 
 from adaspa_jax import SparseConfig, denoise
 from models import schedulers
 from models.pipeline import guidance
-from models.schedulers import CogVideoXDDIM, CogVideoXDPM, FlowMatchEuler, UniPC
+from models.schedulers import CogVideoXDDIM, CogVideoXDPM, FewStep, FlowMatchEuler, UniPC
 from tests.relative_error import relative_error
 
 EULER = {"_class_name": "FlowMatchEulerDiscreteScheduler", "num_train_timesteps": 1000, "shift": 7.0}
@@ -99,6 +99,38 @@ def test_euler_with_default_sigmas(steps, shift):
     ours = dataclasses.replace(schedulers.from_config(EULER), shift=shift, default_sigmas=True)
     np.testing.assert_array_equal(ours.tables(steps)["timestep"], theirs.timesteps.numpy())
     assert relative_error(run_ours(ours, steps), run_theirs(theirs)) < 1e-6
+
+
+FEW = [(1000.0, 750.0, 500.0, 250.0), (1000.0, 757.0, 522.0), (999.0,)]
+
+
+@pytest.mark.parametrize("shift", [1.0, 5.0])
+@pytest.mark.parametrize("timesteps", FEW, ids=str)
+@pytest.mark.parametrize("renoise", [False, True])
+def test_a_few_given_timesteps(timesteps, shift, renoise, monkeypatch):
+    theirs = diffusers_scheduler(EULER | {"shift": shift, "stochastic_sampling": renoise})
+    theirs.set_timesteps(sigmas=[t / 1000 for t in timesteps])
+    drawn, draw = [], scheduling_flow_match_euler_discrete.randn_tensor
+
+    def record(*args, **kwargs):
+        drawn.append(draw(*args, **kwargs))
+        return drawn[-1]
+
+    monkeypatch.setattr(scheduling_flow_match_euler_discrete, "randn_tensor", record)
+    torch.manual_seed(0)
+    expected = run_theirs(theirs)
+    table = jnp.asarray(np.stack([x.numpy() for x in drawn])) if renoise else None
+    ours = FewStep(timesteps, shift, renoise, noise=lambda key, number, latents: table[number])
+    tables = ours.tables(len(timesteps))
+    np.testing.assert_array_equal(tables["timestep"], theirs.timesteps.numpy())
+    np.testing.assert_array_equal(np.append(tables["sigma"], 0), theirs.sigmas.numpy())
+    assert relative_error(run_ours(ours, len(timesteps)), expected) < 1e-6
+
+
+def test_the_noise_of_a_few_steps_is_the_seeds():
+    run = lambda seed: run_ours(FewStep(FEW[0], renoise=True, seed=seed), 4)
+    np.testing.assert_array_equal(run(3), run(3))
+    assert relative_error(run(4), run(3)) > 0.1
 
 
 @pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
