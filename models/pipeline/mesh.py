@@ -84,14 +84,15 @@ def placement(mesh: Mesh, weights: Weights) -> Callable[[tuple[str, ...], tuple[
     return place
 
 
-def placed(weights: Any, sharding: AttentionSharding | None, how: Weights) -> Any:
-    """The shapes of weights, on a mesh with where they lie, or will lie: see `placement`."""
-    if sharding is None:
-        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), weights)
-    place = placement(sharding.mesh, how)
+Place = Callable[[tuple[Any, ...], tuple[int, ...]], Any]
+"""NNX path and shape of a parameter -> its sharding."""
+
+
+def placed(weights: Any, place: Place | None) -> Any:
+    """The shapes of weights with where they lie, or will lie by `place`; None: on the default device."""
 
     def shape(path: tuple[Any, ...], x: Any) -> jax.ShapeDtypeStruct:
-        where = getattr(x, "sharding", None) or place(tuple(map(_name, path)), x.shape)
+        where = None if place is None else getattr(x, "sharding", None) or place(tuple(map(_name, path)), x.shape)
         return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
     return jax.tree_util.tree_map_with_path(shape, weights)

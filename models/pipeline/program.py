@@ -5,6 +5,7 @@ the device: JAX keeps no program with a host callback, which progress needs in t
 """
 
 import dataclasses
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,7 +21,8 @@ from jax import Array
 from adaspa_jax import AttentionSharding, SparseConfig, SparseState, StepKind, scan_steps
 from models.pipeline.families import Family
 from models.pipeline.guidance import cfg
-from models.pipeline.mesh import Weights, create_states, gather_small, placed, put
+from models.pipeline.mesh import Place, create_states, gather_small, placed, put
+from models.pipeline.offload import fetched, waits
 from models.pipeline.plan import Plan
 from models.pipeline.predict import predict as call
 from models.schedulers import AnyScheduler, CogVideoXDPM, FewStep
@@ -84,6 +86,22 @@ class Functions:
 
 
 @dataclass(frozen=True)
+class Need:
+    """Bytes on one device while a program runs; what waits in the memory of the host is not counted."""
+
+    weights: int
+    operands: int
+    """Embeddings, latents, sparse states."""
+    temporary: int
+    """As the compiler has it."""
+
+    @property
+    def total(self) -> int:
+        """Of all."""
+        return self.weights + self.operands + self.temporary
+
+
+@dataclass(frozen=True)
 class Program:
     """The compiled functions of a pipeline; make it with `VideoPipeline.compile`."""
 
@@ -94,6 +112,9 @@ class Program:
     states: Callable[[], Any]
     """Makes an expert's empty state; () for a dense run."""
     sharding: AttentionSharding | None
+    turns: bool
+    """The experts are fetched out of the memory of the host, each for its steps."""
+    need: Need
     seconds: float
     """That compiling took."""
 
@@ -106,6 +127,9 @@ class Program:
         ended, marks = [], []
         for part in plan.parts:
             weights, state, histories = nnx.state(experts[part.expert]), self.states(), []
+            if self.turns:
+                jax.block_until_ready(carry)
+                weights = fetched(weights)
             for number, kind in enumerate(part.kinds, part.first):
                 rows = {name: put(x[number : number + 1], self.sharding) for name, x in plan.tables.items()}
                 kinds = put(np.array([kind], np.int32), self.sharding)
@@ -118,6 +142,7 @@ class Program:
                     progress(number)
             join = lambda *x: np.concatenate([np.asarray(y) for y in x])
             ended.append((state, jax.tree.map(join, *histories)))
+            del weights  # before those of the next expert come
         latents = jax.block_until_ready(self.end(carry, given))
         if progress is not None:
             progress(len(marks))
@@ -130,44 +155,60 @@ def compile_program(
     experts: tuple[VideoTransformer, ...],
     plan: Plan,
     keep_mass: bool = False,
-    weights: Weights = "replicated",
+    place: Place | None = None,
+    turns: bool = False,
 ) -> Program:
     """Compiles for the experts, with weights or with shapes in their place, and the operands of a plan.
 
-    `weights`: how they will lie on the mesh, if they are not there yet.
+    `place`: how the weights lie, or will lie, if not all on the default device. `turns`: see `Program`.
     """
     sharding, begun = functions.sharding, time.perf_counter()
     create = lambda: _states(functions, experts[0], plan, keep_mass)
     states: Any = () if functions.dense else jax.eval_shape(create)
     out: Any = {}
+    edge: Any = {}
     if sharding is not None:
-        named = SparseState.shardings(sharding)
-        spread = tuple(named for _ in states)
+        spread = tuple(SparseState.shardings(sharding) for _ in states)
         states = jax.tree.map(lambda x, where: x.update(sharding=where), states, spread)
         everywhere = sharding.named()
-        out = {"out_shardings": (everywhere, spread, everywhere, everywhere)}
+        out, edge = ({"out_shardings": x} for x in ((everywhere, spread, everywhere, everywhere), everywhere))
     shape = lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=None if sharding is None else sharding.named())
     noise = shape(jax.ShapeDtypeStruct(plan.shape, jnp.float32))
     given = {name: shape(x) for name, x in plan.given.items()}
     rows = {name: shape(x[:1]) for name, x in plan.tables.items()}
     kinds, words = shape(np.zeros(1, np.int32)), shape(words_of(0))
-    edge: Any = {} if sharding is None else {"out_shardings": sharding.named()}
     begin = jax.jit(functions.begin, **edge).lower(noise, given, words).compile()
     carry = jax.tree.map(shape, jax.eval_shape(functions.begin, noise, given, words))
     end = jax.jit(functions.end, **edge).lower(carry, given).compile()
     steps: dict[int, Any] = {}
-    made: list[tuple[Any, Any, Any]] = []
+    made: dict[int, tuple[Any, Any]] = {}  # architecture and weights of each expert so far
     for expert in sorted({part.expert for part in plan.parts}):
-        graph, own = nnx.split(experts[expert])
-        own = placed(own, sharding, weights)
-        same = [run for other, shapes, run in made if other == graph and shapes == own]
-        if not same:
+        graph, weights = nnx.split(experts[expert])
+        own = graph, placed(weights, None if turns else place)
+        same = [other for other, known in made.items() if known == own]
+        if same:
+            steps[expert] = steps[same[0]]
+        else:
             run = jax.jit(partial(functions.step, graph), donate_argnums=(2, 3), **out)
-            same = [run.lower(own, given, carry, states, rows, kinds).compile()]
-            made.append((graph, own, same[0]))
-        steps[expert] = same[0]
+            steps[expert] = run.lower(own[1], given, carry, states, rows, kinds).compile()
+        made[expert] = own
+    sizes = [bytes_of(weights) for _, weights in made.values()]
+    operands = bytes_of((given, carry, *[states] * len(plan.parts)))
+    need = Need(max(sizes) if turns else sum(sizes), operands, max(map(_temporary, steps.values())))
     fresh = (lambda: ()) if functions.dense else lambda: create_states(create, sharding)
-    return Program(begin, steps, end, fresh, sharding, time.perf_counter() - begun)
+    return Program(begin, steps, end, fresh, sharding, turns, need, time.perf_counter() - begun)
+
+
+def bytes_of(tree: Any) -> int:
+    """Of shapes, or arrays, that lie on one device."""
+    shape = lambda x: x.shape if getattr(x, "sharding", None) is None else x.sharding.shard_shape(x.shape)
+    return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if not waits(x))
+
+
+def _temporary(compiled: Any) -> int:
+    """Bytes that a program needs besides its operands, and besides results in their place."""
+    memory = compiled.memory_analysis()
+    return memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
 
 
 def _states(functions: Functions, model: VideoTransformer, plan: Plan, keep_mass: bool) -> tuple[SparseState, ...]:

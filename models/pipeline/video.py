@@ -21,6 +21,7 @@ from models.pipeline.experts import boundary_ratio, share_loras
 from models.pipeline.families import Family, VideoSize, family_of
 from models.pipeline.guidance import Guidance, constant_scale, dynamic_scale
 from models.pipeline.mesh import Weights, for_report, placement
+from models.pipeline.offload import Offload, check_offload, resting_place
 from models.pipeline.plan import Plan, branches, initial_noise, split_steps
 from models.pipeline.program import Functions, Program, Progress, compile_program
 from models.schedulers import AnyScheduler, FlowMatchEuler, UniPC
@@ -62,6 +63,8 @@ class VideoPipeline:
     """Timestep below which the second expert takes over."""
     sharding: AttentionSharding | None = None
     """The mesh that it samples on; None: one device."""
+    offload: Offload = "none"
+    """What of the weights waits in the memory of the host."""
 
     @classmethod
     def describe(
@@ -91,17 +94,20 @@ class VideoPipeline:
         *,
         mesh: Mesh | None = None,
         weights: Weights = "replicated",
+        offload: Offload = "none",
         follow_links: bool = False,
         loras: Sequence[LoraLike] = (),
     ) -> "VideoPipeline":
         """Reads a transformer, or a pipeline folder: its experts, its scheduler. `dtype` None: the checkpoint's.
 
         `progress` gets the parameters of an expert loaded so far and in all. `mesh` has axes data, heads or rows, see
-        `AttentionSharding`; `weights` lie whole on each of its devices, or sharded over all. `follow_links`: the files
+        `AttentionSharding`; `weights` lie whole on each of its devices, or sharded over all. `offload`, on one device:
+        two experts take turns on it ("experts"), or each layer comes to it when it runs ("layers"); the rest waits in
+        the memory of the host. `follow_links`: the files
         of the transformers may be links out of their folders. `loras` are merged, each a file, (file, scale) or `Lora`;
         into both experts of two, if `Lora` does not say which. Raises ValueError for what cannot be read.
         """
-        described = cls.describe(path, dtype, follow_links=follow_links, loras=loras)
+        described = cls.describe(path, dtype, follow_links=follow_links, loras=loras).with_offload(offload)
         if mesh is not None:
             described = dataclasses.replace(described, sharding=AttentionSharding(mesh))
         return described.with_weights(path, dtype, progress, weights=weights, follow_links=follow_links, loras=loras)
@@ -117,12 +123,25 @@ class VideoPipeline:
         loras: Sequence[LoraLike] = (),
     ) -> "VideoPipeline":
         """With the experts of `path`, which this was described from; arguments as for `load`."""
-        place = None if self.sharding is None else placement(self.sharding.mesh, weights)
+        place = self._place(weights)
         options: dict[str, Any] = {"progress": progress, "sharding": place, "follow_links": follow_links}
         folders = expert_folders(Path(path))
         shared = zip(folders, share_loras(loras, len(folders)), strict=True)
         experts = tuple(from_pretrained(folder, dtype, **options, loras=own) for folder, own in shared)
         return dataclasses.replace(self, experts=experts)
+
+    def _place(self, weights: Weights) -> Any:
+        """Where each parameter lies, on the mesh as `weights` says; None: on the default device."""
+        if self.sharding is None:
+            return resting_place(self.offload)
+        if self.offload != "none":
+            raise ValueError(f"offload={self.offload!r} is for one device; on a mesh take weights='sharded'")
+        return placement(self.sharding.mesh, weights)
+
+    def with_offload(self, offload: Offload) -> "VideoPipeline":
+        """With weights that wait elsewhere, once they are loaded. ValueError if there is nothing to take turns."""
+        check_offload(offload, len(self.experts))
+        return dataclasses.replace(self, offload=offload)
 
     def with_shift(self, shift: float | None) -> "VideoPipeline":
         """With another time shift; ValueError if the scheduler has none. None changes nothing."""
@@ -255,7 +274,8 @@ class VideoPipeline:
         Options as for `sample`; `weights`: how they will lie on the mesh.
         """
         how = (self.family, plan.scheduler, plan.scale, plan.guided, config, dense, implementation, self.sharding)
-        return compile_program(Functions(*how), self.experts, plan, keep_mass, weights)
+        place, turns = self._place(weights), self.offload == "experts"
+        return compile_program(Functions(*how), self.experts, plan, keep_mass, place, turns)
 
     def plan(
         self,

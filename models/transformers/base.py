@@ -301,17 +301,25 @@ def scan_blocks(
     """Runs stacked blocks one after the other, each with its layer's part of `layers`: state and step kind.
 
     `run(block, carry, state, kind)` gives the next carry, which is cast back to the carry's dtypes, and the new state.
-    On a mesh sharded weights are gathered here, those of one layer at a time.
+    On a mesh sharded weights are gathered here, those of one layer at a time; weights that are in the memory of the
+    host are fetched here likewise.
     """
     graph, weights = nnx.split(blocks)
 
     def step(carry: Carry, xs: Any) -> Any:
         weights, (state, kind) = xs
-        weights = weights if sharding is None else sharding.replicated(weights)
+        weights = on_device(weights) if sharding is None else sharding.replicated(weights)
         new, state = run(nnx.merge(graph, weights), carry, state, kind)
         return jax.tree.map(lambda x, old: x.astype(old.dtype), new, carry), state
 
     return lax.scan(step, carry, (weights, layers))
+
+
+def on_device(weights: Any) -> Any:
+    """Inside `jax.jit`: on the device, if their type says that they are in the memory of the host."""
+    space = jax.memory.Space
+    fetch = lambda x: jax.device_put(x, space.Device) if jax.typeof(x).memory_space == space.Host else x
+    return jax.tree.map(fetch, weights)
 
 
 def patchify(x: Array, patch: Grid) -> Array:

@@ -21,6 +21,7 @@ from models.transformers.base import (
     TransformerConfig,
     VideoTransformer,
     check_shape,
+    on_device,
     patchify,
     scan_blocks,
     stack,
@@ -208,7 +209,7 @@ class TokenRefiner(nnx.Module):
         graph, weights = nnx.split(self.refiner_blocks)
 
         def block(x: Array, weights: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graph, weights)(x, temb, pairs).astype(x.dtype), None
+            return nnx.merge(graph, on_device(weights))(x, temb, pairs).astype(x.dtype), None
 
         return lax.scan(block, self.proj_in(text), weights)[0]
 
