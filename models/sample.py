@@ -13,7 +13,7 @@ Exit code 1: the latents are not finite; 2: anything else that is no bug.
 import logging
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 from rich.console import Console
@@ -63,6 +63,7 @@ def _check(given: dict[str, Any]) -> None:
     """ValueError for options that cannot be, or not together, whatever the checkpoint."""
     from adaspa_jax import SparseConfig
     from models.pipeline.families import VideoSize
+    from models.pipeline.offload import Offload
 
     if given["dense"] and given["compare"]:
         raise ValueError("--dense and --compare exclude each other; --compare runs dense too")
@@ -78,6 +79,10 @@ def _check(given: dict[str, Any]) -> None:
         raise ValueError(f"--weights {given['weights']} must be one of {', '.join(_WEIGHTS)}")
     if given["weights"] is not None and given["mesh"] is None:
         raise ValueError(f"--weights {given['weights']} is for several devices; give --mesh, or leave it out")
+    if given["offload"] not in (None, *get_args(Offload)):
+        raise ValueError(f"--offload {given['offload']} must be one of {', '.join(get_args(Offload))}")
+    if given["offload"] is not None and given["mesh"] is not None:
+        raise ValueError(f"--offload {given['offload']} is for one device; on a mesh give --weights sharded")
     if given["distributed"] and given["mesh"] is None:
         raise ValueError("--distributed is for several hosts, whose devices are one mesh: give --mesh, auto for all")
     if given["distributed"]:
@@ -166,6 +171,13 @@ def main(
     weights: Annotated[
         str | None, typer.Option(help="on the mesh: replicated or sharded (less memory); default: replicated")
     ] = None,
+    offload: Annotated[
+        str | None,
+        typer.Option(
+            help="what waits in the memory of the host: layers, each fetched as it runs (slower), experts, which take "
+            "turns (Wan 2.2 A14B), or none; default: experts where both would fill the device, else none"
+        ),
+    ] = None,
     distributed: Annotated[
         bool, typer.Option("--distributed", help="the mesh is of several hosts, and all of them run this command")
     ] = False,
@@ -207,6 +219,7 @@ def main(
         follow_links,
         mesh,
         "sharded" if weights == "sharded" else "replicated",
+        offload,  # type: ignore[arg-type]
         parse_loras(given),
         debug,
     )

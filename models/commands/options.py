@@ -17,6 +17,7 @@ WORDS = {
     "mesh": "this checkpoint is small and samples on one device",
     "distributed": "this checkpoint is small and samples on one device",
     "weights": "this checkpoint is small and samples on one device",
+    "offload": "this checkpoint is small and samples on one device",
     "share_cfg_indices": "this checkpoint was trained without guidance, so there are no two branches",
     "negative_prompt": "this checkpoint was trained without guidance",
     "image": "this checkpoint makes videos of words alone",

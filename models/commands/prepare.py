@@ -13,6 +13,7 @@ from models.checkpoint.lora_file import Lora
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.commands.encoders import check_frames, check_last_image, pipeline_class, read_pictures
 from models.commands.encoding import Encoder, Wanted
+from models.commands.fitting import check_fits, check_weights, device_limit, with_offload
 from models.commands.hosts import stderr
 from models.commands.jobs import Job, Texts, make_jobs, split
 from models.commands.media import require
@@ -21,6 +22,7 @@ from models.pipeline.embeddings import read_embeddings, read_prompts, stand_ins,
 from models.pipeline.families import VideoSize
 from models.pipeline.guidance import Guidance
 from models.pipeline.mesh import Weights, parse_axes, parse_mesh
+from models.pipeline.offload import Offload
 from models.pipeline.video import VideoPipeline
 from models.pipeline.words import HunyuanVideoPipeline
 
@@ -50,6 +52,8 @@ class Options:
     """Of devices, see `models.pipeline.mesh.parse_mesh`; None: one device."""
     weights: Weights = "replicated"
     """On the mesh."""
+    offload: Offload | None = None
+    """None: experts take turns if both would fill the device."""
     loras: tuple[Lora, ...] = ()
     """Merged into the transformers."""
     debug: bool = False
@@ -171,9 +175,13 @@ def _loaded(runs: Runs, checkpoint: Path, options: Options, read: dict[str, Any]
         from models.vae.decoding import check_decoder
 
         check_decoder(runs.vae, runs.pipeline.experts[0].config.out_channels, options.follow_links)
+    limit = device_limit()
+    runs = dataclasses.replace(runs, pipeline=with_offload(runs.pipeline, options.offload, limit))
+    check_weights(runs.pipeline, options.weights, limit)
     runs.compile(options.kinds, options.weights)
     with Progress(console=stderr(), transient=True) as bar, timing(runs.phases, "load"):
         task = bar.add_task("loading", total=None)
         done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
         loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
+    check_fits(runs, options.kinds, options.weights, limit)
     return dataclasses.replace(runs, pipeline=loaded)

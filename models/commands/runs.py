@@ -121,7 +121,9 @@ class Runs:
             timesteps = scheduler.tables(self.config.steps)["timestep"].tolist()
             fields |= {"timesteps": timesteps, "shift": scheduler.shift, "renoise": scheduler.renoise}
         phases = self.phases | job.phases
-        return fields | {"phases": {f"{name}_seconds": s for name, s in phases.items()}, "memory": memory()}
+        needed = max(program.result().need.total for program in self.programs.values())
+        used = memory() | {"planned_device_bytes": needed, "offload": self.pipeline.offload}
+        return fields | {"phases": {f"{name}_seconds": s for name, s in phases.items()}, "memory": used}
 
     def begin(self, results: Results | None) -> None:
         """Stages what is of all jobs; see `keep` for `results`."""

@@ -123,14 +123,14 @@ class VideoPipeline:
         loras: Sequence[LoraLike] = (),
     ) -> "VideoPipeline":
         """With the experts of `path`, which this was described from; arguments as for `load`."""
-        place = self._place(weights)
+        place = self.place(weights)
         options: dict[str, Any] = {"progress": progress, "sharding": place, "follow_links": follow_links}
         folders = expert_folders(Path(path))
         shared = zip(folders, share_loras(loras, len(folders)), strict=True)
         experts = tuple(from_pretrained(folder, dtype, **options, loras=own) for folder, own in shared)
         return dataclasses.replace(self, experts=experts)
 
-    def _place(self, weights: Weights) -> Any:
+    def place(self, weights: Weights) -> Any:
         """Where each parameter lies, on the mesh as `weights` says; None: on the default device."""
         if self.sharding is None:
             return resting_place(self.offload)
@@ -274,7 +274,7 @@ class VideoPipeline:
         Options as for `sample`; `weights`: how they will lie on the mesh.
         """
         how = (self.family, plan.scheduler, plan.scale, plan.guided, config, dense, implementation, self.sharding)
-        place, turns = self._place(weights), self.offload == "experts"
+        place, turns = self.place(weights), self.offload == "experts"
         return compile_program(Functions(*how), self.experts, plan, keep_mass, place, turns)
 
     def plan(

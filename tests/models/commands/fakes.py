@@ -14,6 +14,7 @@ from models.checkpoint import loading
 from models.commands import media
 from models.commands.cli import run_cli
 from models.pipeline import video, words
+from models.pipeline.program import Need
 from models.pipeline.video import LatentSample, VideoPipeline
 from models.vae import decoding
 from models.vae.load import vae_folder
@@ -49,7 +50,8 @@ class Fakes:
         monkeypatch.setattr(video, "describe", self.describe)
         monkeypatch.setattr(words, "from_pretrained", self.describe)
         monkeypatch.setattr(VideoPipeline, "with_weights", lambda self, *rest, **options: self)
-        monkeypatch.setattr(VideoPipeline, "compile", lambda self, *rest, **options: SimpleNamespace(seconds=1.0))
+        program = SimpleNamespace(seconds=1.0, need=Need(0, 0, 0))
+        monkeypatch.setattr(VideoPipeline, "compile", lambda self, *rest, **options: program)
         monkeypatch.setattr(VideoPipeline, "sample", lambda *given, **options: self.sample(*given, **options))
         monkeypatch.setattr(decoding, "check_decoder", lambda *given: None)
         monkeypatch.setattr(decoding, "decode_latents", self.decode)
@@ -69,7 +71,7 @@ class Fakes:
             options.pop(name)
         given = {name: x.tobytes() for name, x in embeddings.items()}
         mesh = pipe.sharding and dict(pipe.sharding.mesh.shape)
-        self.calls.append((pipe.scheduler, str(pipe.experts[0].dtype), config, options, given, mesh))
+        self.calls.append((pipe.scheduler, str(pipe.experts[0].dtype), config, options, given, mesh, pipe.offload))
         asked = {name: options[name] for name in ("size", "guidance", "seed")}
         plan = pipe.plan(embeddings, config, **asked)
         layout = pipe.experts[0].layout(plan.shape[2:], 11, config)

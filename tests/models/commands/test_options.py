@@ -91,6 +91,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         **dict.fromkeys(("guidance", "guidance_low_noise", "true_cfg", "dynamic_guidance"), "trained without guidance"),
         "share_cfg_indices": "trained without guidance",
         "mesh": "samples on one device",
+        "offload": "samples on one device",
         "weights": "is for several devices",
         "distributed": "is for several hosts",
         **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
@@ -112,6 +113,7 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "dynamic_guidance": "is CogVideoX's",
         "share_cfg_indices": ["--share-cfg-indices"],
         "mesh": ["--mesh", "heads=1"],
+        "offload": ["--offload", "layers"],
         "weights": "is for several devices",
         "distributed": "is for several hosts",
         **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
@@ -130,7 +132,13 @@ ONLY["sample", "text"] = ONLY["sample", "latents"] | {
 }
 """A pipeline with text encoders."""
 REFUSED = {"vae": "x", "embeddings": "x", "dtype": "float32", "prompt": "a dog", "mesh": "auto", "weights": "sharded"}
-REFUSED |= {"prompts": "lines.txt", "negative_prompt": "blurred", "image": "cat.png", "last_image": "cat.png"}
+REFUSED |= {
+    "prompts": "lines.txt",
+    "negative_prompt": "blurred",
+    "image": "cat.png",
+    "last_image": "cat.png",
+    "offload": "layers",
+}
 REFUSED |= dict.fromkeys(("lora_high_noise", "lora_low_noise"), "x.lora")
 """Values of options that are refused; numbers get 2."""
 INSTEAD = {"prompts": "prompt", "timesteps": "steps"}
