@@ -62,7 +62,7 @@ class SparseConfig:
     steps: int = 50
     """Denoising steps."""
     search_steps: tuple[int, ...] | None = None
-    """Steps, from 1, that search for blocks; None: 20% and 60% of `steps`. Empty: always dense."""
+    """Steps, from 1, that search for blocks; None: 20% and 60% of `steps`, not the first. Empty: always dense."""
     token_order: TokenOrder = "cube"
     """Order of video tokens before blocking; the paper's is "raster"."""
     head_adaptive: bool = True

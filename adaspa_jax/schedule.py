@@ -19,8 +19,9 @@ class StepKind(enum.IntEnum):
 
 
 def default_search_steps(steps: int) -> tuple[int, ...]:
-    """(10, 30) of 50, scaled to `steps` and at least 1."""
-    return tuple(sorted({max(1, round(0.2 * steps)), max(1, round(0.6 * steps))}))
+    """(10, 30) of 50, scaled to `steps`, but the first only of a single step: what noise attends to says little."""
+    least = min(2, steps)
+    return tuple(sorted({max(least, round(0.2 * steps)), max(least, round(0.6 * steps))}))
 
 
 def step_kinds(steps: int, search_steps: tuple[int, ...], dense_last_steps: int = 0) -> np.ndarray:

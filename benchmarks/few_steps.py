@@ -56,7 +56,7 @@ def main(
             own = SparseConfig(sparsity=sparsity, compensation=base.compensation, steps=steps, search_steps=search)
             sparse = run(own, False)
             videos = [np.clip(x.latents, -1, 1) for x in (sparse, dense)]
-            row = {"steps": steps, "search_steps": list(search), "default": search == config.search}
+            row = {"steps": steps, "search_steps": list(search)}
             row |= {"psnr_db": psnr(videos[0], videos[1]), "ssim": ssim(videos[0], videos[1])}
             row |= {"attention": attention(own, sparse.reports[0].density), "recall": sparse.reports[0].recall}
             rows.append(row | {"speedup": dense.seconds / sparse.seconds})

@@ -123,7 +123,8 @@ def main(
     sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
     search_step: Annotated[
-        list[int] | None, typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps")
+        list[int] | None,
+        typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps, from 2"),
     ] = None,
     token_order: Annotated[str | None, typer.Option(help="cube or raster")] = None,
     dense_layer: Annotated[list[int] | None, typer.Option(help="a layer that stays dense, from 0; repeatable")] = None,

@@ -142,7 +142,8 @@ def test_fifty_steps_have_the_kinds_of_the_paper() -> None:
     assert list(np.flatnonzero(kinds == StepKind.CACHED_SEARCH) + 1) == [30]
     assert (kinds == StepKind.SPARSE).sum() == 39
     assert SparseConfig(steps=20).search == (4, 12)
-    assert SparseConfig(steps=2).search == (1,)
+    few = {1: (1,), 2: (2,), 4: (2,), 5: (2, 3), 6: (2, 4), 8: (2, 5)}
+    assert {steps: SparseConfig(steps=steps).search for steps in few} == few
     assert list(SparseConfig(steps=6, dense_last_steps=2).step_kinds()[-2:]) == [StepKind.DENSE] * 2
 
 

@@ -44,10 +44,10 @@ def test_cpu_measures_what_it_prints() -> None:
 def test_few_steps_writes_its_rows(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(few_steps, "CHECKPOINT", tiny_pipeline)
     monkeypatch.setattr(few_steps, "PROMPTS", few_steps.PROMPTS[:1])
-    monkeypatch.setattr(few_steps, "SCHEDULES", {4: ((1, 2), (2,))})
+    monkeypatch.setattr(few_steps, "SCHEDULES", {4: ((2,), (1, 2))})
     few_steps.main(json=tmp_path / "rows.json", sparsity=0.5)
     rows = json.loads((tmp_path / "rows.json").read_text())
-    assert [(row["search_steps"], row["default"]) for row in rows] == [([1, 2], True), ([2], False)]
+    assert [row["search_steps"] for row in rows] == [[2], [1, 2]]
     assert all(row["psnr_db"] > 10 for row in rows)
     work = few_steps.attention(SparseConfig(steps=4, search_steps=(2, 3)), 0.25)
     assert work == pytest.approx((1 + 1.5 + 0.75 + 0.25) / 4)

@@ -33,7 +33,7 @@ def port() -> int:
 
 
 def test_two_hosts_sample_what_one_device_does(wan_pipeline: Path, tmp_path: Path, port: int) -> None:
-    given = [*arguments(wan_pipeline, tmp_path / "out")[:-2], "--seed", 3, "--steps", 4]
+    given = [*arguments(wan_pipeline, tmp_path / "out")[:-2], "--seed", 3, "--steps", 5]
     mesh = ["--mesh", "data=2,heads=2,rows=2", "--weights", "sharded", "--distributed"]
     both = [run(host, port, *given, *mesh, "--out", tmp_path / f"host{host}") for host in (0, 1)]
     ended = [process.communicate(timeout=600) for process in both]

@@ -68,7 +68,7 @@ def test_compare_writes_everything(tiny_pipeline: Path, tmp_path: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["steps"] == 6
     assert report["implementation"] == "xla"
-    assert report["search_steps"] == [1, 4]
+    assert report["search_steps"] == [2, 4]
     assert report["speedup"] == pytest.approx(report["dense_seconds"] / report["adaspa_seconds"])
     assert report["density"] == pytest.approx(5 / 17)  # ceil(0.25 * 17 blocks)
     assert 0 < report["recall"] <= 1
