@@ -77,6 +77,11 @@ def make_jobs(batches: list[tuple[list[str], Embeddings]], seeds: Sequence[int])
     return jobs
 
 
+def of_each_batch(jobs: list[Job]) -> list[Job]:
+    """The first run of each batch of prompts."""
+    return list({id(job.embeddings): job for job in reversed(jobs)}.values())[::-1]
+
+
 def _slug(prompt: str) -> list[str]:
     """A prompt in a file's name: its ASCII words, as many as fit; [] if there is none."""
     words, length = [], 0

@@ -15,7 +15,7 @@ from models.commands.encoders import check_frames, check_last_image, pipeline_cl
 from models.commands.encoding import Encoder, Wanted
 from models.commands.fitting import check_fits, check_weights, device_limit, with_offload
 from models.commands.hosts import stderr
-from models.commands.jobs import Job, Texts, make_jobs, split
+from models.commands.jobs import Job, Texts, make_jobs, of_each_batch, split
 from models.commands.media import require
 from models.commands.runs import Runs, timing
 from models.pipeline.embeddings import read_embeddings, read_prompts, stand_ins, takes_image
@@ -150,7 +150,7 @@ def _checked(pipeline: VideoPipeline, jobs: list[Job], options: Options, **rest:
     config = family.config(options.preset, **options.changes)
     pipeline = pipeline.with_shift(options.shift).with_timesteps(options.timesteps, options.renoise)
     runs = Runs(pipeline, jobs, config, size, guidance, loras=options.loras, **rest)
-    for job in jobs:
+    for job in of_each_batch(jobs):
         runs.plan(job)
     if runs.shown:
         require("av", *["skimage.metrics"] * options.compare)

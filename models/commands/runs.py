@@ -20,7 +20,7 @@ from models.checkpoint.lora_file import Lora
 from models.commands import files
 from models.commands.files import Results
 from models.commands.hosts import stderr
-from models.commands.jobs import Job
+from models.commands.jobs import Job, of_each_batch
 from models.commands.media import Strip, shrunk, write_runs, write_sheet
 from models.commands.report import distance, fields_of, memory, write_json
 from models.pipeline.embeddings import write_tensors
@@ -130,12 +130,9 @@ class Runs:
         if results is None:
             return
         if self.encoded:
-            first = {id(job.embeddings): job for job in self.jobs}  # of each batch of prompts
-            parts, prompts = (
-                [job.embeddings for job in first.values()],
-                [p for job in first.values() for p in job.prompts],
-            )
-            joined = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            first = of_each_batch(self.jobs)
+            prompts = [prompt for job in first for prompt in job.prompts]
+            joined = {name: np.concatenate([job.embeddings[name] for job in first]) for name in first[0].embeddings}
             write_tensors(results.stage / files.EMBEDDINGS, joined, {"prompts": json.dumps(prompts)})
         if len(self.jobs) > 1:
             listed = [{"folder": job.name, "prompts": job.prompts, "seed": job.seed} for job in self.jobs]

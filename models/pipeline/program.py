@@ -194,7 +194,8 @@ def compile_program(
         made[expert] = own
     sizes = [bytes_of(weights) for _, weights in made.values()]
     operands = bytes_of((given, carry, *[states] * len(plan.parts)))
-    need = Need(max(sizes) if turns else sum(sizes), operands, max(map(_temporary, steps.values())))
+    temporary = max(_temporary(run, bytes_of((carry, states))) for run in steps.values())
+    need = Need(max(sizes) if turns else sum(sizes), operands, temporary)
     fresh = (lambda: ()) if functions.dense else lambda: create_states(create, sharding)
     return Program(begin, steps, end, fresh, sharding, turns, need, time.perf_counter() - begun)
 
@@ -205,10 +206,10 @@ def bytes_of(tree: Any) -> int:
     return sum(math.prod(shape(x)) * x.dtype.itemsize for x in jax.tree.leaves(tree) if not waits(x))
 
 
-def _temporary(compiled: Any) -> int:
-    """Bytes that a program needs besides its operands, and besides results in their place."""
+def _temporary(compiled: Any, donated: int) -> int:
+    """Bytes that a program needs besides its operands, and besides results in the place of those that are donated."""
     memory = compiled.memory_analysis()
-    return memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - memory.alias_size_in_bytes)
+    return 0 if memory is None else memory.temp_size_in_bytes + max(0, memory.output_size_in_bytes - donated)
 
 
 def _states(functions: Functions, model: VideoTransformer, plan: Plan, keep_mass: bool) -> tuple[SparseState, ...]:
