@@ -12,7 +12,7 @@ from models.pipeline.mesh import is_stacked
 Offload = Literal["none", "experts", "layers"]
 """What waits: nothing; of two experts the one that does not run; all layers, fetched one by one as they run."""
 _HOST = "pinned_host"
-_LARGE = 0.5
+_LARGE = 0.6
 """Share of a device's memory above which two experts are not both kept in it."""
 
 
@@ -52,5 +52,5 @@ def check_offload(offload: Offload, experts: int) -> None:
 
 
 def default_offload(experts: int, weights: int, limit: int | None) -> Offload:
-    """Of "experts" and "none": turns where two, of `weights` bytes, would fill more than half of a device's `limit`."""
+    """Of "experts" and "none": turns where two, of `weights` bytes, would fill most of a device's `limit`."""
     return "experts" if experts > 1 and limit is not None and weights > _LARGE * limit else "none"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from benchmarks.devices.compiled import MACHINES, SMALL_MB, collectives
+from benchmarks.table import rows_of
 
 
 def row(machine: str, folder: Path) -> dict[str, Any]:
@@ -31,6 +32,13 @@ def test_two_layers_for_a_machine(machine: str, tmp_path: Path) -> None:
     if machine.startswith("h100"):  # a TPU's program cannot be printed
         assert found["all_to_alls"] == 8, found
         assert found["largest_gather_mb"] < SMALL_MB, found
+
+
+@pytest.mark.matrix
+def test_two_experts_fit_one_gpu_in_turns() -> None:
+    """Within the three quarters of 80 GB that JAX takes; both at once do not."""
+    (found,) = rows_of("benchmarks.gpu.memory", "--model", "Wan 2.2 A14B")
+    assert found["layers_gib"] < found["experts_gib"] < 0.75 * 79 < found["one_gib"], found
 
 
 def test_collectives_are_read_from_hlo() -> None:
