@@ -22,7 +22,7 @@ from models.pipeline.embeddings import read_embeddings, read_prompts, stand_ins,
 from models.pipeline.families import VideoSize
 from models.pipeline.guidance import Guidance
 from models.pipeline.mesh import Weights, parse_axes, parse_mesh
-from models.pipeline.offload import Offload
+from models.pipeline.offload import Offload, check_offload
 from models.pipeline.video import VideoPipeline
 from models.pipeline.words import HunyuanVideoPipeline
 
@@ -87,6 +87,7 @@ def of_latents(checkpoint: Path, texts: Texts, embeddings: Path | None, vae: Pat
     described = VideoPipeline.describe(checkpoint, options.dtype, **read)
     if options.mesh is not None:
         parse_axes(options.mesh)
+    check_offload(options.offload or "none", len(described.experts))
     if vae is None and (checkpoint / "vae/config.json").is_file():
         vae = checkpoint / "vae"
     if vae is not None and not vae.is_dir():

@@ -180,24 +180,29 @@ def compile_program(
     begin = jax.jit(functions.begin, **edge).lower(noise, given, words).compile()
     carry = jax.tree.map(shape, jax.eval_shape(functions.begin, noise, given, words))
     end = jax.jit(functions.end, **edge).lower(carry, given).compile()
-    steps: dict[int, Any] = {}
-    made: dict[int, tuple[Any, Any]] = {}  # architecture and weights of each expert so far
-    for expert in sorted({part.expert for part in plan.parts}):
-        graph, weights = nnx.split(experts[expert])
-        own = graph, placed(weights, None if turns else place)
-        same = [other for other, known in made.items() if known == own]
-        if same:
-            steps[expert] = steps[same[0]]
-        else:
-            run = jax.jit(partial(functions.step, graph), donate_argnums=(2, 3), **out)
-            steps[expert] = run.lower(own[1], given, carry, states, rows, kinds).compile()
-        made[expert] = own
-    sizes = [bytes_of(weights) for _, weights in made.values()]
+    used = {part.expert: experts[part.expert] for part in plan.parts}
+    run = lambda graph: jax.jit(partial(functions.step, graph), donate_argnums=(2, 3), **out)
+    lower = lambda graph, weights: run(graph).lower(weights, given, carry, states, rows, kinds)
+    steps, sizes = _compile_steps(used, None if turns else place, lower)
     operands = bytes_of((given, carry, *[states] * len(plan.parts)))
     temporary = max(_temporary(run, bytes_of((carry, states))) for run in steps.values())
     need = Need(max(sizes) if turns else sum(sizes), operands, temporary)
     fresh = (lambda: ()) if functions.dense else lambda: create_states(create, sharding)
     return Program(begin, steps, end, fresh, sharding, turns, need, time.perf_counter() - begun)
+
+
+def _compile_steps(
+    experts: dict[int, VideoTransformer], place: Place | None, lower: Callable[[Any, Any], Any]
+) -> tuple[dict[int, Any], list[int]]:
+    """(the compiled step of each expert, one for those that are alike, bytes of the weights of each on a device)."""
+    steps: dict[int, Any] = {}
+    made: dict[int, tuple[Any, Any]] = {}
+    for number, expert in experts.items():
+        graph, weights = nnx.split(expert)
+        made[number] = own = graph, placed(weights, place)
+        same = [steps[other] for other in steps if made[other] == own]
+        steps[number] = same[0] if same else lower(*own).compile()
+    return steps, [bytes_of(weights) for _, weights in made.values()]
 
 
 def bytes_of(tree: Any) -> int:
