@@ -90,20 +90,24 @@ def figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str, 
 
 
 def compensated(blocks: dict[str, Any]) -> Callable[..., Any]:
-    """A sparse step with stand-ins, as the sampler does it: pooled, two kernels, merged."""
+    """A sparse step with stand-ins, as the sampler does it on whole blocks: pooled, two kernels, merged."""
 
-    def run(q: Array, k: Array, v: Array, indices: Array, counts: Array, kept: Array) -> Any:
-        tokens, block = k.shape[2], blocks["block_k"]
-        valid = jnp.clip(tokens - block * jnp.arange(math.ceil(tokens / block)), 0, block)[None]
-        short = -tokens % block
-        means = pool(*(jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in (k, v)), valid)
+    def run(q: Array, k: Array, v: Array, indices: Array, counts: Array, kept: Array, valid: Array) -> Any:
+        means = pool(k, v, valid)
         bias = jnp.broadcast_to(means.log_count[:, None], means.k.shape[:3])
         own = {name: x for name, x in blocks.items() if name != "block_k"}
         stand_ins = pooled_attention(q, means.k, means.v, bias, kept, return_lse=True, **own)
-        found = block_sparse_attention(q, k, v, indices, counts, return_lse=True, **blocks)
+        found = block_sparse_attention(q, k, v, indices, counts, block_valid=valid, return_lse=True, **blocks)
         return merge_attention(found, stand_ins)
 
     return run
+
+
+def whole_blocks(tokens: int, block: int, arrays: tuple[Array, ...]) -> tuple[list[Array], Array]:
+    """(q, k, v padded to whole blocks, as a sampler's layout has them; the valid tokens of each block [1, nk])."""
+    short = -tokens % block
+    valid = jnp.clip(tokens - block * jnp.arange((tokens + short) // block), 0, block)[None]
+    return [jnp.pad(x, ((0, 0), (0, 0), (0, short), (0, 0))) for x in arrays], valid
 
 
 def ours(
@@ -129,7 +133,9 @@ def ours(
             yield head | {"kernel": "block_sparse"} | case | found
             none = jnp.zeros((*counts.shape, counts.shape[-1]), bool)
             bits = pack_bits(jnp.put_along_axis(none, indices.astype(jnp.int32), True, axis=-1, inplace=False))
-            stood = figures(compensated(blocks), [(*x, bits) for x in lists], work * (kept + (1 - kept) / block))
+            padded = [whole_blocks(tokens, block, s) for s in sets]
+            standing = [(*s, indices, counts, bits, valid) for s, valid in padded]
+            stood = figures(compensated(blocks), standing, work * (kept + (1 - kept) / block))
             ratio = {"over_plain": stood["ms"] / found["ms"]}
             yield head | {"kernel": "compensated"} | case | stood | ratio
 

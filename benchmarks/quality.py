@@ -213,15 +213,16 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
-def measure(name: str, bench: Bench, chosen: dict[str, SparseConfig], levels: list[float], threads: int) -> list[Any]:
-    """The rows of one model."""
+def measure(
+    name: str, bench: Bench, chosen: dict[str, SparseConfig], levels: list[float], threads: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model, as they are done."""
     dense = bench.runs(next(iter(chosen.values())), dense=True)
     todo = list(jobs(bench, chosen, levels))
     with ThreadPoolExecutor(threads) as pool:
         done = pool.map(lambda job: bench.row(*job, dense), todo)
-        rows = [{"model": name} | row for row in track(done, f"sampling {name}", len(todo))]
-    add_gains(rows, levels)
-    return rows
+        for row in track(done, f"sampling {name}", len(todo)):
+            yield {"model": name} | row
 
 
 def main(
@@ -248,8 +249,12 @@ def main(
     for name in names:
         pipeline = HunyuanVideoPipeline.load(MODELS[name].checkpoint)
         bench = Bench(pipeline, MODELS[name].prompts[:prompts], tuple(range(seeds)), kernels)
-        rows += measure(name, bench, chosen, work_ or default_levels(bench, steps), threads)
-        write_json(json, rows)
+        levels, own = work_ or default_levels(bench, steps), []
+        for row in measure(name, bench, chosen, levels, threads):
+            own.append(row)
+            add_gains(own, levels)
+            write_json(json, rows + own)
+        rows += own
     show(
         f"{prompts} prompts, {seeds} seeds, {steps} steps, against dense",
         [{key: x for key, x in row.items() if key != "of_video"} for row in rows],

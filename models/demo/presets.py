@@ -99,11 +99,11 @@ HARD = Preset(
         "green ring moving right red square moving left",
         "white circle moving down green triangle moving up",
     ),
-    steps=8_000,
+    steps=4_900,
     batch=8,
-    short=Stage(frames=4, batch=4, share=0.5),
+    short=Stage(frames=4, batch=4, share=0.42),
     noise=(1.1, 1.5),
-    qk_gain=1.7,
+    qk_gain=1.8,
 )
 """9,216 video tokens; attention that is as concentrated as a real model's, and a velocity that changes."""
 
