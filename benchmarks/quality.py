@@ -142,8 +142,9 @@ class Bench:
 
     def runs(self, config: SparseConfig, dense: bool = False) -> list[Sample]:
         """One a seed, each a batch of all prompts."""
-        how = {"dense": dense, "implementation": self.implementation}
-        return [self.pipeline.sample(list(self.prompts), config, seed=seed, **how) for seed in self.seeds]
+        prompts, kernels = list(self.prompts), self.implementation
+        sample = self.pipeline.sample
+        return [sample(prompts, config, seed=seed, dense=dense, implementation=kernels) for seed in self.seeds]
 
     def row(self, name: str, config: SparseConfig, dense: list[Sample]) -> dict[str, Any]:
         """What a variant reaches; lists by video under "of_video"."""
@@ -220,7 +221,7 @@ def measure(
     dense = bench.runs(next(iter(chosen.values())), dense=True)
     todo = list(jobs(bench, chosen, levels))
     with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(lambda job: bench.row(*job, dense), todo)
+        done = pool.map(lambda job: bench.row(job[0], job[1], dense), todo)
         for row in track(done, f"sampling {name}", len(todo)):
             yield {"model": name} | row
 
