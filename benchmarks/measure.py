@@ -72,11 +72,11 @@ def inputs(tokens: int) -> list[tuple[Array, Array, Array]]:
 
 
 def random_lists(tokens: int, block: int, density: float) -> tuple[Array, Array]:
-    """(indices, counts): for each query block a random set of key blocks."""
+    """(indices, counts): for each query block a random set of key blocks, ascending as in a sampler on a GPU."""
     blocks = math.ceil(tokens / block)
     kept = math.ceil(round(density * blocks, 6))
     order = jax.random.uniform(jax.random.key(block), (1, HEADS, blocks, blocks))
-    indices = jax.lax.top_k(order, kept)[1].astype(jnp.uint16)
+    indices = jnp.sort(jax.lax.top_k(order, kept)[1]).astype(jnp.uint16)
     return indices, jnp.full((1, HEADS, blocks), kept, jnp.int32)
 
 
