@@ -96,7 +96,7 @@ def lookup(flags: Array, indices: Array) -> Array:
 def ascending(indices: Array, counts: Array, num_blocks: int) -> Array:
     """Lists int32 [..., K] of blocks below `num_blocks`: the first `counts` [...] ascending, then the others."""
     unused = numbers(indices.shape[-1], indices.ndim) >= counts[..., None]
-    keys = lax.sort(jnp.where(unused, indices + num_blocks, indices))
+    keys = jnp.sort(jnp.where(unused, indices + num_blocks, indices), axis=-1)
     return jnp.where(keys < num_blocks, keys, keys - num_blocks)
 
 

@@ -37,15 +37,17 @@ class Preset:
     steps: int
     batch: int
     """Whole clips a step."""
-    short: Stage
-    """The first stage; `batch` in units of the whole clips'."""
+    short: Stage | None
+    """A first stage of short windows, where a step is cheap; its `batch` in units of the whole clips'."""
     noise: tuple[float, float]
     """Mean and deviation of the logit of the noise level."""
     qk_gain: float
     """The first weights of the norms of q and k: scores of at most head_dim**0.5 * gain**2."""
 
     def stages(self, batch: int) -> tuple[Stage, ...]:
-        """Short windows, where a step is cheap, then whole clips, `batch` a step."""
+        """Of the training with `batch` whole clips a step."""
+        if self.short is None:
+            return (Stage(clips.FRAMES, batch, 1.0),)
         short = Stage(self.short.frames, self.short.batch * batch, self.short.share)
         return short, Stage(clips.FRAMES, batch, 1 - short.share)
 
@@ -99,9 +101,9 @@ HARD = Preset(
         "green ring moving right red square moving left",
         "white circle moving down green triangle moving up",
     ),
-    steps=4_900,
+    steps=3_200,
     batch=8,
-    short=Stage(frames=4, batch=4, share=0.42),
+    short=None,
     noise=(1.1, 1.5),
     qk_gain=1.8,
 )

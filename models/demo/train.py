@@ -3,7 +3,7 @@
     python -m models.demo.train --out out/train            # CPU or CUDA; stop it and run it again to resume
     python -m models.demo.train --preset hard --compile    # the yardstick of benchmarks.quality, on a GPU
 
-Flow matching on procedural clips: first on short windows of a clip, where a step is cheap, then on whole clips.
+Flow matching on procedural clips: the demo's first on short windows, where a step is cheap, then on whole clips.
 Every step draws from a generator seeded by its number, so a resumed run continues the same sequence.
 """
 
@@ -191,7 +191,7 @@ def main(
         trainer.restore(state)
         print(f"resumed at step {trainer.step}", flush=True)
     if compile_model:
-        trainer.model.compile()
+        trainer.model.compile(dynamic=False)  # symbolic shapes fail in torch 2.11's generated backward pass
     while trainer.step < steps and time.time() - begun < minutes * 60:
         trainer.train_step()
         if trainer.step % 100 == 0:
