@@ -42,7 +42,8 @@ def timed(console: Console, name: str, steps: int, sample: Any, **options: Any) 
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
     named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
-    same = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", "compensation")
+    same = ("sparsity", "block_size", "query_block_size", "steps", "token_order", "dense_last_steps")
+    same += ("share_cfg_indices", "compensation")  # type: ignore[assignment]
     return {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
 
 
@@ -85,6 +86,9 @@ def main(
     seed: Annotated[int, typer.Option(help="of the initial noise, 0 to 2^64 - 1")] = 0,
     sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
+    query_block_size: Annotated[
+        int | None, typer.Option(help="tokens whose rows share a list of blocks; default: --block-size")
+    ] = None,
     search_step: Annotated[
         list[int] | None, typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps")
     ] = None,
