@@ -18,7 +18,7 @@ from flax import nnx
 from jax import Array, lax
 
 from adaspa_jax import SparseConfig, StepKind
-from benchmarks.quality import MODELS
+from benchmarks.quality import MODELS, model_of
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.pipeline.plan import initial_noise
@@ -45,6 +45,7 @@ def probe(pipeline: HunyuanVideoPipeline, prompts: list[str], config: SparseConf
             solver, state, before = carry
             x = plan.scheduler.latents(solver)
             v, state = predict(model, video.family, x, row["timestep"], given, plan.scale, state=state, **options)
+            v = v.astype(jnp.float32)
             recall = jnp.mean(jnp.concatenate([s.recall for s in jax.tree.leaves(state, is_leaf=_is_state)]))
             change = jnp.abs(v - before).mean() / jnp.abs(before).mean()
             return (plan.scheduler.step(solver, v, row), state, v), (recall, change)
@@ -75,12 +76,10 @@ def main(
 ) -> None:
     """Prints recall and change of velocity by step, and their means: all steps, and the middle third."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
-    if model not in MODELS:
-        raise ValueError(f"--model {model}: choose one of {', '.join(MODELS)}")
-    folder = checkpoint or MODELS[model].checkpoint
-    pipeline = HunyuanVideoPipeline.load(folder)
+    known = model_of(model, checkpoint)
+    folder, pipeline = known.checkpoint, HunyuanVideoPipeline.load(known.checkpoint)
     config = SparseConfig(steps=steps, sparsity=0.8, head_adaptive=False)
-    rows = probe(pipeline, list(MODELS[model].prompts[:prompts]), config, seed=seed, implementation=kernels)
+    rows = probe(pipeline, list(known.prompts[:prompts]), config, seed=seed, implementation=kernels)
     middle = rows[steps // 3 : steps - steps // 3]
     mean = lambda name, rows: float(np.nanmean([row[name] for row in rows]))
     found = {"mean recall": mean("recall", rows), "velocity change in the middle": mean("velocity_change", middle)}

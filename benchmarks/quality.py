@@ -7,18 +7,22 @@ more, a sparse step its density, stand-ins (1 - density) / block. The levels of 
 (searches at 20% and 60% of the steps) at sparsity 0.9, 0.8 and 0.5. PSNR, SSIM and flicker are means over prompts and
 seeds; `gain_db` is the paired difference to "none" at the same work, `gain_error` its standard error.
 
-"embedded" is the demo's model; "yardstick" (`models.demo.train --preset hard`) was trained to be as hard as real ones:
-`benchmarks.probe` says how hard each is.
+"embedded" is the demo's model. "yardstick" is one that `models.demo.train --preset hard` makes, as hard as real ones;
+it is run where it is found, in benchmarks/yardstick. `benchmarks.probe` says how hard a model is.
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.progress import track
@@ -28,7 +32,9 @@ from adaspa_jax.layout import TokenLayout
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim
-from models.pipeline.words import HunyuanVideoPipeline, Sample
+from models.pipeline.plan import initial_noise
+from models.pipeline.video import LatentSample
+from models.pipeline.words import HunyuanVideoPipeline
 from pallas_kernels import Implementation
 
 
@@ -58,6 +64,20 @@ MODELS = {
         tuple(f"{front} {behind}" for front, behind in zip(_CLIPS, _CLIPS[3:] + _CLIPS[:3], strict=True)),
     ),
 }
+
+
+def model_of(name: str, checkpoint: Path | None = None) -> Model:
+    """The model `name`, at another place if given. ValueError for another name, or a model that is not there."""
+    if name not in MODELS:
+        raise ValueError(f"--model {name!r} is unknown; choose of: {', '.join(MODELS)}")
+    model = MODELS[name] if checkpoint is None else dataclasses.replace(MODELS[name], checkpoint=checkpoint)
+    if not model.checkpoint.is_dir():
+        raise ValueError(
+            f"{name}: {model.checkpoint} is no folder; python -m models.demo.train --preset hard makes one"
+        )
+    return model
+
+
 MASS_WORK = 0.5
 """Of a dense step's attention: one of its two products."""
 LEVELS = (0.9, 0.8, 0.5)
@@ -77,6 +97,7 @@ def variants(steps: int) -> dict[str, SparseConfig]:
         "pooled, no tiers": change(pooled, head_adaptive=False),
         "pooled, exact LSE": change(pooled, lse_cache=False),
         "pooled, block 128": change(pooled, block_size=128),
+        "pooled, blocks 128 x 64": change(pooled, query_block_size=128),
         "pooled, one search": change(pooled, search_steps=at(0.2)),
         "pooled, searches at 16, 60%": change(pooled, search_steps=at(0.16, 0.6)),
         "pooled, searches at 12, 60%": change(pooled, search_steps=at(0.12, 0.6)),
@@ -115,9 +136,9 @@ def flicker(video: np.ndarray, reference: np.ndarray) -> float:
     return float(np.abs(change(video) - change(reference)).mean())
 
 
-def figures(run: Sample, dense: Sample) -> dict[str, list[float]]:
+def figures(videos: np.ndarray, dense: np.ndarray) -> dict[str, list[float]]:
     """Of each video of a batch."""
-    pairs = list(zip(run.video, dense.video, strict=True))
+    pairs = [(np.clip(a, -1, 1), np.clip(b, -1, 1)) for a, b in zip(videos, dense, strict=True)]
     return {
         "psnr_db": [psnr(a[None], b[None]) for a, b in pairs],
         "ssim": [ssim(a[None], b[None]) for a, b in pairs],
@@ -127,11 +148,11 @@ def figures(run: Sample, dense: Sample) -> dict[str, list[float]]:
 
 @dataclass(frozen=True)
 class Bench:
-    """A loaded model and how its variants are run."""
+    """A loaded model, and what its variants are run on: every prompt with every noise, one batch."""
 
     pipeline: HunyuanVideoPipeline
     prompts: tuple[str, ...]
-    seeds: tuple[int, ...]
+    seeds: int
     implementation: Implementation | None
 
     def layout(self, config: SparseConfig) -> TokenLayout:
@@ -140,26 +161,24 @@ class Bench:
         shape = video.plan(self.pipeline.embed(list(self.prompts)), config).shape
         return video.experts[0].layout(shape[2:], self.pipeline.encoder.max_words, config)
 
-    def runs(self, config: SparseConfig, dense: bool = False) -> list[Sample]:
-        """One a seed, each a batch of all prompts."""
-        prompts, kernels = list(self.prompts), self.implementation
-        sample = self.pipeline.sample
-        return [sample(prompts, config, seed=seed, dense=dense, implementation=kernels) for seed in self.seeds]
+    def run(self, config: SparseConfig, dense: bool = False) -> LatentSample:
+        """Videos [seeds * prompts, 3, F, H, W], those of a seed side by side."""
+        video, embeddings = self.pipeline.video_pipeline(), self.pipeline.embed(list(self.prompts) * self.seeds)
+        shape = (len(self.prompts), *video.plan(embeddings, config).shape[1:])
+        noise = jnp.concatenate([jnp.asarray(initial_noise(shape, seed, None)) for seed in range(self.seeds)])
+        return video.sample(embeddings, config, noise=noise, dense=dense, implementation=self.implementation)
 
-    def row(self, name: str, config: SparseConfig, dense: list[Sample]) -> dict[str, Any]:
-        """What a variant reaches; lists by video under "of_video"."""
-        runs = self.runs(config)
-        parts = [figures(*pair) for pair in zip(runs, dense, strict=True)]
-        videos = {key: [x for part in parts for x in part[key]] for key in parts[0]}
-        reports = [run.report for run in runs if run.report is not None]
-        layout = self.layout(config)
+    def row(self, name: str, config: SparseConfig, dense: np.ndarray) -> dict[str, Any]:
+        """What a variant reaches against the videos `dense`; lists by video under "of_video"."""
+        run, layout = self.run(config), self.layout(config)
+        videos, (report,) = figures(run.latents, dense), run.reports
         return {
             "variant": name,
             "work": work(config, layout),
             "density": config.budget(layout).base / layout.num_blocks,
             **{key: float(np.mean(values)) for key, values in videos.items()},
-            "recall": float(np.mean([report.recall for report in reports])),
-            "stand_ins": float(np.mean([report.stand_ins for report in reports])),
+            "recall": report.recall,
+            "stand_ins": report.stand_ins,
             "of_video": videos,
         }
 
@@ -214,20 +233,47 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
     figure.savefig(path, dpi=110)
 
 
+_WORKER: dict[str, Any] = {}
+"""Of a process of the pool: its Bench and the dense videos."""
+
+
+def _start(bench: Callable[[], Bench], dense: np.ndarray) -> None:
+    _WORKER.update(bench=bench(), dense=dense)
+
+
+def _row(job: tuple[str, SparseConfig]) -> dict[str, Any]:
+    return _WORKER["bench"].row(*job, _WORKER["dense"])  # type: ignore[no-any-return]
+
+
 def measure(
-    name: str, bench: Bench, chosen: dict[str, SparseConfig], levels: list[float], threads: int
+    name: str, make: Callable[[], Bench], chosen: dict[str, SparseConfig], levels: list[float], processes: int
 ) -> Iterator[dict[str, Any]]:
     """The rows of one model, as they are done."""
-    dense = bench.runs(next(iter(chosen.values())), dense=True)
+    bench = make()
+    dense = bench.run(next(iter(chosen.values())), dense=True).latents
     todo = list(jobs(bench, chosen, levels))
-    with ThreadPoolExecutor(threads) as pool:
-        done = pool.map(lambda job: bench.row(job[0], job[1], dense), todo)
+    with ExitStack() as stack:
+        if processes == 1:
+            done: Iterable[dict[str, Any]] = (bench.row(*job, dense) for job in todo)
+        else:
+            # Each traces and compiles on its own: threads would wait for one another.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, context, _start, (make, dense))
+            done = stack.enter_context(pool).map(_row, todo)
         for row in track(done, f"sampling {name}", len(todo)):
             yield {"model": name} | row
 
 
+def load(model: Model, dtype: str, prompts: int, seeds: int, implementation: Implementation | None) -> Bench:
+    """The Bench of a model."""
+    pipeline = HunyuanVideoPipeline.load(model.checkpoint, jnp.dtype(dtype))
+    return Bench(pipeline, model.prompts[:prompts], seeds, implementation)
+
+
 def main(
-    model: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; repeatable, default: all")] = None,
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; repeatable, default: all there are")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
     picture: Annotated[Path | None, typer.Option(help="draw the front to this PNG")] = None,
     variant: Annotated[list[str] | None, typer.Option(help="to run; repeatable, default: all")] = None,
@@ -235,23 +281,23 @@ def main(
     steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 50,
     prompts: Annotated[int, typer.Option(help="how many", min=1, max=len(_CLIPS))] = len(_CLIPS),
     seeds: Annotated[int, typer.Option(help="how many noises a prompt", min=1)] = 2,
-    threads: Annotated[int, typer.Option(help="variants compiled at a time", min=1)] = 1,
+    processes: Annotated[int, typer.Option(help="variants at a time, which share the device's memory", min=1)] = 1,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the models")] = "float32",
     implementation: Annotated[str | None, typer.Option(help="kernels to run, see pallas_kernels")] = None,
 ) -> None:
     """Prints PSNR, SSIM, flicker, recall and what the stand-ins hold, by model, work and variant."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
-    names, all_variants = model or list(MODELS), variants(steps)
-    for what, given, known in (("--model", names, MODELS), ("--variant", variant or [], all_variants)):
-        for name in given:
-            if name not in known:
-                raise ValueError(f"{what} {name!r} is unknown; choose of: {'; '.join(known)}")
+    names, all_variants = model or [name for name in MODELS if MODELS[name].checkpoint.is_dir()], variants(steps)
+    models = {name: model_of(name) for name in names}
+    for name in variant or []:
+        if name not in all_variants:
+            raise ValueError(f"--variant {name!r} is unknown; choose of: {'; '.join(all_variants)}")
     chosen = {name: all_variants[name] for name in variant or all_variants}
     rows: list[dict[str, Any]] = []
-    for name in names:
-        pipeline = HunyuanVideoPipeline.load(MODELS[name].checkpoint)
-        bench = Bench(pipeline, MODELS[name].prompts[:prompts], tuple(range(seeds)), kernels)
-        levels, own = work_ or default_levels(bench, steps), []
-        for row in measure(name, bench, chosen, levels, threads):
+    for name, found in models.items():
+        make = functools.partial(load, found, dtype, prompts, seeds, kernels)
+        levels, own = work_ or default_levels(make(), steps), []
+        for row in measure(name, make, chosen, levels, processes):
             own.append(row)
             add_gains(own, levels)
             write_json(json, rows + own)

@@ -92,7 +92,7 @@ DEMO = Preset(
 
 HARD = Preset(
     config=_config(heads=4, single=6),
-    shift=7.0,
+    shift=5.0,
     size=hard_clips.SIZE,
     render=hard_clips.render,
     sheet_prompts=(
@@ -101,11 +101,11 @@ HARD = Preset(
         "green ring moving right red square moving left",
         "white circle moving down green triangle moving up",
     ),
-    steps=3_200,
+    steps=6_000,
     batch=8,
     short=None,
     noise=(1.1, 1.5),
-    qk_gain=1.8,
+    qk_gain=2.2,
 )
 """9,216 video tokens; attention that is as concentrated as a real model's, and a velocity that changes."""
 
