@@ -83,7 +83,7 @@ class _Call(NamedTuple):
             self.q[:, :, : self.rows],
             self.k,
             lse,
-            block_q=self.layout.block,
+            block_q=self.layout.query_block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
             query_valid=self.query_valid,
@@ -109,7 +109,7 @@ class _Call(NamedTuple):
             self.v,
             everyone(indices, self.config),
             everyone(counts, self.config),
-            block_q=self.layout.block,
+            block_q=self.layout.query_block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
             return_lse=pooled,
@@ -132,11 +132,11 @@ class _Call(NamedTuple):
             blocks.v,
             blocks.log_count[:, None] + col,
             kept,
-            block_q=self.layout.block,
+            block_q=self.layout.query_block,
             return_lse=True,
             implementation=self.implementation,
         )
-        by_block = lse.reshape(*row.shape, self.layout.block) + row[..., None]
+        by_block = lse.reshape(*row.shape, self.layout.query_block) + row[..., None]
         return out, by_block.reshape(lse.shape)
 
     def calibrate(self, found: Selection, mass: Array, lse: Array, state: SparseState) -> tuple[StandIns, Array]:
@@ -174,7 +174,7 @@ class _Call(NamedTuple):
 
     def drift(self, change: Array, state: SparseState) -> Array:
         """[B, H] by head, the mean of |change| [B, H, rows] over the valid video rows."""
-        inside = np.arange(self.layout.block, dtype=np.int32)[None, None] < self.query_valid[..., None]
+        inside = np.arange(self.layout.query_block, dtype=np.int32)[None, None] < self.query_valid[..., None]
         total = jnp.where(inside.reshape(len(change), 1, -1), jnp.abs(change), 0.0).sum(-1)
         return self.spread.by_head(self.spread.sum_rows(total), state.places) / self.layout.video_tokens
 
@@ -342,8 +342,12 @@ def _check(
 ) -> Array:
     """`block_valid` filled in. ValueError for what does not fit."""
     batch, _, heads, _ = q.shape
-    if config.block_size != layout.block:
-        raise ValueError(f"block_size={config.block_size} of the config is not the layout's {layout.block}")
+    for name, own, given in (
+        ("block_size", config.block_size, layout.block),
+        ("query_block_size", config.query_block, layout.query_block),
+    ):
+        if own != given:
+            raise ValueError(f"{name}={own} of the config is not the layout's {given}")
     valid = layout.block_valid(None, batch) if block_valid is None else block_valid
     if valid.shape != (batch, layout.num_blocks):
         raise ValueError(f"block_valid must be [B, blocks] = {[batch, layout.num_blocks]}; got {list(valid.shape)}")
@@ -354,6 +358,11 @@ def _check(
     elif not isinstance(step_kind, int) or step_kind != StepKind.DENSE:
         raise ValueError(f"step_kind={step_kind!r} needs a state; without one every step is StepKind.DENSE")
     return valid
+
+
+def _query_valid(valid: Array, layout: TokenLayout) -> Array:
+    """int32 [B, query_blocks]: valid rows of each, which come first in it, from those of the key blocks."""
+    return valid[:, : layout.video_blocks].reshape(len(valid), layout.query_blocks, -1).sum(-1, dtype=jnp.int32)
 
 
 def _alone(
@@ -369,7 +378,7 @@ def _alone(
 ) -> tuple[Array, SparseState | None]:
     """On one device, [B, L, H, D]."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-    rows = layout.video_length, valid, valid[:, : layout.video_blocks]
+    rows = layout.video_length, valid, _query_valid(valid, layout)
     out, state = _run(_Call(q, k, v, *rows, layout, config, implementation), state, step_kind)
     return out.swapaxes(1, 2), state
 
@@ -388,8 +397,8 @@ def _on_mesh(
 ) -> tuple[Parts, SparseState | None]:
     """One shard_map around the switch: heads by all-to-all, K and V gathered over rows."""
     spread, video_length, heads = sharding.spread, layout.video_length, q[0].shape[2]
-    blocks = sharding.video_length(layout) // layout.block
-    query_valid = jnp.pad(valid[:, : layout.video_blocks], ((0, 0), (0, blocks - layout.video_blocks)))
+    blocks = sharding.video_length(layout) // layout.query_block
+    query_valid = jnp.pad(_query_valid(valid, layout), ((0, 0), (0, blocks - layout.query_blocks)))
     static = isinstance(step_kind, int)
 
     def local(q: Any, k: Any, v: Any, valid: Array, query_valid: Array, state: Any, kind: Any) -> Any:

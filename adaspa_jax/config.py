@@ -44,7 +44,7 @@ def _number(name: str, value: Any) -> float:
 
 @dataclass(frozen=True)
 class Budget:
-    """Key blocks a video row block keeps: `low`, `base` or `high`, by the tier of its head. low + high = 2 * base."""
+    """Key blocks a block of rows keeps: `low`, `base` or `high`, by the tier of its head. low + high = 2 * base."""
 
     low: int
     base: int
@@ -81,6 +81,8 @@ class SparseConfig:
     """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
     compensation: Compensation = "none"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
+    query_block_size: int | None = None
+    """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 
     def __post_init__(self) -> None:
         self._normalise()
@@ -88,6 +90,11 @@ class SparseConfig:
             raise ValueError(f"sparsity={self.sparsity} must be in [0, 1)")
         if self.block_size < 1 or self.block_size & (self.block_size - 1):
             raise ValueError(f"block_size={self.block_size} must be a power of two, such as 64 or 128")
+        rows = self.query_block
+        if rows < self.block_size or rows & (rows - 1):
+            raise ValueError(
+                f"query_block_size={rows} must be a power of two and at least block_size={self.block_size}"
+            )
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
         self._check_steps(self.search)
@@ -101,6 +108,8 @@ class SparseConfig:
         """Plain Python values, which hash and compare: a config is a static argument of jitted functions."""
         for name in ("block_size", "steps", "dense_last_steps"):
             object.__setattr__(self, name, _whole(name, getattr(self, name)))
+        if self.query_block_size is not None:
+            object.__setattr__(self, "query_block_size", _whole("query_block_size", self.query_block_size))
         for name in ("search_steps", "dense_layers"):
             value = getattr(self, name)
             if value is not None:
@@ -160,9 +169,14 @@ class SparseConfig:
         """`search_steps` with the default filled in."""
         return default_search_steps(self.steps) if self.search_steps is None else self.search_steps
 
+    @property
+    def query_block(self) -> int:
+        """`query_block_size` with the default filled in."""
+        return self.block_size if self.query_block_size is None else self.query_block_size
+
     def layout(self, grid: tuple[int, int, int], text: int = 0) -> TokenLayout:
         """The token layout of a video of `grid` tokens (frames, rows, columns) and `text` text tokens."""
-        return TokenLayout.create(grid, text, self.block_size, self.token_order)
+        return TokenLayout.create(grid, text, self.block_size, self.token_order, self.query_block_size)
 
     def budget(self, layout: TokenLayout) -> Budget:
         """Key blocks kept per video row block (AdaSpa, selection, points 2 and 3)."""

@@ -2,7 +2,8 @@
 
 Every model uses one internal order, [video | pad | text | pad], both parts padded to whole blocks. The video part is
 in raster order, as in the paper, or in 3D cubes of one block each: neighbours in space and time share a block, so the
-attention mass sits in fewer blocks. Attention does not care about order once RoPE is applied, so a model packs
+attention mass sits in fewer blocks. Blocks of queries may be larger than those of keys: they are the cubes then, cut
+into smaller ones. Attention does not care about order once RoPE is applied, so a model packs
 its tokens and RoPE tables once and unpacks its output.
 """
 
@@ -26,6 +27,14 @@ def best_cube(grid: tuple[int, int, int], block: int) -> tuple[int, int, int]:
     return min(cubes, key=lambda c: (math.prod(-(-n // s) for n, s in zip(grid, c, strict=True)), sum(c), c))
 
 
+def _cut(cubes: np.ndarray, parts: int) -> np.ndarray:
+    """Cubes [N, t, h, w] as [N, t * h * w], `parts` equal cubes one after the other, by halves of the longest side."""
+    if parts == 1:
+        return cubes.reshape(len(cubes), -1)
+    axis = 1 + int(np.argmax(cubes.shape[1:]))
+    return np.concatenate([_cut(half, parts // 2) for half in np.split(cubes, 2, axis)], axis=1)
+
+
 @dataclass(frozen=True)
 class TokenLayout:
     """Block partition of a sequence; static and hashable. Make it with `create`."""
@@ -37,11 +46,18 @@ class TokenLayout:
     block: int
     """Tokens of a block, a power of two."""
     cube: tuple[int, int, int] | None
-    """Sides of a block in frames, rows and columns; None for raster order."""
+    """Sides of a block of queries in frames, rows and columns; None for raster order."""
+    query_block: int
+    """Video tokens whose rows share a list of blocks, one block or a power of two of them."""
 
     @classmethod
     def create(
-        cls, grid: tuple[int, int, int], text: int = 0, block_size: int = 64, order: TokenOrder = "raster"
+        cls,
+        grid: tuple[int, int, int],
+        text: int = 0,
+        block_size: int = 64,
+        order: TokenOrder = "raster",
+        query_block_size: int | None = None,
     ) -> "TokenLayout":
         """Checks its arguments (ValueError) and picks the cube shape for `order="cube"`."""
         if len(grid) != 3 or min(grid) < 1:
@@ -50,10 +66,13 @@ class TokenLayout:
             raise ValueError(f"{text=} must not be negative")
         if block_size < 1 or block_size & (block_size - 1):
             raise ValueError(f"{block_size=} must be a power of two")
+        query_block = block_size if query_block_size is None else query_block_size
+        if query_block < block_size or query_block & (query_block - 1):
+            raise ValueError(f"{query_block_size=} must be a power of two and at least {block_size=}")
         if order not in get_args(TokenOrder):
             raise ValueError(f"{order=} must be one of {', '.join(get_args(TokenOrder))}")
-        cube = best_cube(grid, block_size) if order == "cube" else None
-        return cls((grid[0], grid[1], grid[2]), text, block_size, cube)
+        cube = best_cube(grid, query_block) if order == "cube" else None
+        return cls((grid[0], grid[1], grid[2]), text, block_size, cube, query_block)
 
     @property
     def video_tokens(self) -> int:
@@ -61,11 +80,16 @@ class TokenLayout:
         return math.prod(self.grid)
 
     @cached_property
-    def video_blocks(self) -> int:
-        """Blocks of the video part."""
+    def query_blocks(self) -> int:
+        """Blocks of the video's queries."""
         if self.cube is None:
-            return -(-self.video_tokens // self.block)
+            return -(-self.video_tokens // self.query_block)
         return math.prod(-(-n // s) for n, s in zip(self.grid, self.cube, strict=True))
+
+    @property
+    def video_blocks(self) -> int:
+        """Blocks of the video part, as keys."""
+        return self.query_blocks * (self.query_block // self.block)
 
     @property
     def text_blocks(self) -> int:
@@ -80,7 +104,7 @@ class TokenLayout:
     @property
     def video_length(self) -> int:
         """Length of the video part with padding."""
-        return self.video_blocks * self.block
+        return self.query_blocks * self.query_block
 
     @property
     def text_length(self) -> int:
@@ -95,20 +119,25 @@ class TokenLayout:
     @cached_property
     def video_valid(self) -> np.ndarray:
         """int32 [video_blocks]: tokens of each video block; they come first in their block."""
-        return self._order[1]
+        starts = np.arange(0, self.query_block, self.block, dtype=np.int32)
+        return np.clip(self._order[1][:, None] - starts, 0, self.block).reshape(-1)
 
     @cached_property
     def _order(self) -> tuple[np.ndarray, np.ndarray]:
-        """(raster token at each packed place [video_length], tokens per block); padding repeats the block's first."""
+        """(raster token at each packed place [video_length], tokens per block of queries, where they come first).
+
+        Padding repeats the first of the block of queries.
+        """
         raster = np.arange(self.video_tokens, dtype=np.int32)
         if self.cube is None:
-            blocks = np.pad(raster, (0, -len(raster) % self.block), constant_values=-1).reshape(-1, self.block)
+            size = self.query_block
+            blocks = np.pad(raster, (0, -len(raster) % size), constant_values=-1).reshape(-1, size)
         else:
             pads = [(0, -n % s) for n, s in zip(self.grid, self.cube, strict=True)]
             cells = np.pad(raster.reshape(self.grid), pads, constant_values=-1)
             (t, h, w), (a, b, c) = self.cube, cells.shape
             cells = cells.reshape(a // t, t, b // h, h, c // w, w).transpose(0, 2, 4, 1, 3, 5)
-            blocks = cells.reshape(-1, self.block)
+            blocks = _cut(cells.reshape(-1, t, h, w), self.query_block // self.block)
         real = blocks >= 0
         blocks = np.take_along_axis(blocks, np.argsort(~real, axis=1, kind="stable"), axis=1)
         packed = np.where(blocks >= 0, blocks, blocks[:, :1])
@@ -118,7 +147,7 @@ class TokenLayout:
     def _inverse(self) -> np.ndarray:
         """int32 [video_tokens]: packed place of each raster token."""
         source, valid = self._order
-        real = (np.arange(self.block) < valid[:, None]).reshape(-1)
+        real = (np.arange(self.query_block) < valid[:, None]).reshape(-1)
         inverse = np.empty(self.video_tokens, np.int32)
         inverse[source[real]] = np.flatnonzero(real)
         return inverse

@@ -86,7 +86,7 @@ def summarize(
     """
     counts = _layers(
         jax.tree.map(
-            lambda s: s.counts[..., : layout.video_blocks], state, is_leaf=lambda x: isinstance(x, SparseState)
+            lambda s: s.counts[..., : layout.query_blocks], state, is_leaf=lambda x: isinstance(x, SparseState)
         )
     )
     sparse = np.setdiff1d(np.arange(len(counts)), config.dense_layers)
@@ -135,7 +135,9 @@ def draw_blocks(state: Any, layout: TokenLayout, sample: int = 0, heads: int = 6
         for row, (index, count) in enumerate(zip(joined.indices[layer, sample, head], counts, strict=True)):
             kept[row, index[:count]] = True
         top, bottom = (figure.add_subplot(2, len(chosen), column + 1 + i * len(chosen)) for i in (0, 1))
-        top.imshow(np.maximum(mass, 1e-4), norm=LogNorm(1e-2, layout.block), cmap="magma", interpolation="nearest")
+        top.imshow(
+            np.maximum(mass, 1e-4), norm=LogNorm(1e-2, layout.query_block), cmap="magma", interpolation="nearest"
+        )
         bottom.imshow(kept, cmap=ListedColormap(["#f2f2f2", "#1f4e79"]), interpolation="nearest")
         recall = mass[kept].sum() / (mass.sum() or 1)
         top.set_title(f"layer {layer}, head {head}\nblock mass", fontsize=9)

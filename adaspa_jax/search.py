@@ -10,7 +10,7 @@ from adaspa_jax.config import Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.sharding import ALONE, Spread
 from adaspa_jax.state import index_dtype
-from pallas_kernels import lookup, pack_bits, partial_first
+from pallas_kernels import ascending, lookup, pack_bits, partial_first
 
 
 class Selection(NamedTuple):
@@ -59,8 +59,9 @@ def select_blocks(
     """Chooses key blocks from mass, float32 [B, H, nq, nk] of the video rows (AdaSpa, selection).
 
     Inside `shard_map` the mass is of a device's heads and rows; `spread` and `places`, int32 [B, H], say which.
-    Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first. On a TPU the
-    partial blocks among those in use go before the others, so that its kernel masks one stretch of a list.
+    Deterministic: ties go to the lower block, then to the lower head. A row's indices are heaviest first, on a CPU.
+    On a GPU those in use are ascending, so that rows side by side find each other's keys in the cache; on a TPU the
+    partial blocks among them go before the others, so that its kernel masks one stretch of a list.
     """
     budget = config.budget(layout)
     ranked = _prefer_sinks(mass, layout)
@@ -79,12 +80,19 @@ def select_blocks(
     kept = jnp.zeros((*mass.shape[:2], 0, 0), jnp.uint32)
     if config.compensation == "pooled":
         kept = pack_bits(_in_prefix(ranked, heaviest, indices, counts))
+    indices = _in_order(indices, counts, layout)
+    return Selection(indices.astype(index_dtype(layout)), counts, recall, budgets, kept)
+
+
+def _in_order(indices: Array, counts: Array, layout: TokenLayout) -> Array:
+    """The lists as the kernels of the platform take them fastest."""
+    first = lambda indices: indices
     if layout.video_valid.min() < layout.block:
         # The last block of the text may be partial, if only at run time.
         partial = np.append(layout.video_valid < layout.block, np.full(layout.text_blocks, True))
-        ordered = lambda indices: partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
-        indices = lax.platform_dependent(indices, tpu=ordered, default=lambda indices: indices)
-    return Selection(indices.astype(index_dtype(layout)), counts, recall, budgets, kept)
+        first = lambda indices: partial_first(indices, counts, lookup(jnp.asarray(partial), indices))
+    sort = lambda indices: ascending(indices, counts, layout.num_blocks)
+    return lax.platform_dependent(indices, tpu=first, cuda=sort, default=lambda indices: indices)
 
 
 def _in_prefix(ranked: Array, heaviest: Array, indices: Array, counts: Array) -> Array:

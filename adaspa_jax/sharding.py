@@ -56,7 +56,7 @@ class AttentionSharding:
     def video_length(self, layout: TokenLayout) -> int:
         """The layout's video part, padded so that rows of whole blocks and tokens divide over the devices."""
         rows, heads = self.size(ROWS), self.size(HEADS)
-        unit = math.lcm(layout.block * rows, rows * heads)
+        unit = math.lcm(layout.query_block * rows, rows * heads)
         return -(-layout.video_length // unit) * unit
 
     def check(self, config: SparseConfig, batch: int, heads: int) -> None:

@@ -20,7 +20,7 @@ def index_dtype(layout: TokenLayout) -> Any:
 class SparseState(NamedTuple):
     """The found blocks of one layer, or of a stack of layers with a leading layer axis.
 
-    B batch, H heads, nq video row blocks, N video tokens of the layout. On a mesh nq and N are padded
+    B batch, H heads, nq blocks of video rows, N video tokens of the layout. On a mesh nq and N are padded
     (`AttentionSharding.video_length`), and heads are in the order of their places; on one device that is their own.
     """
 
@@ -77,7 +77,7 @@ class SparseState(NamedTuple):
         lead = (batch, heads) if layers is None else (layers, batch, heads)
         kmax = config.budget(layout).high if config.row_wise else layout.num_blocks
         length = layout.video_length if sharding is None else sharding.video_length(layout)
-        rows = length // layout.block
+        rows = length // layout.query_block
         pooled = config.compensation == "pooled"
         pair_rows, cols = (rows, layout.num_blocks) if pooled else (0, 0)
         return cls(

@@ -14,7 +14,7 @@ import typer
 from rich.progress import track
 
 from adaspa_jax import SparseConfig
-from benchmarks.quality import CHECKPOINT, PROMPTS
+from benchmarks.quality import MODELS
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim
@@ -35,8 +35,8 @@ def main(
 ) -> None:
     """Prints the quality of both ways by sparsity, and the bytes of the carried state."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
-    demo = HunyuanVideoPipeline.load(CHECKPOINT)
-    text = demo.encoder.encode(PROMPTS)
+    demo, prompts = HunyuanVideoPipeline.load(MODELS["embedded"].checkpoint), list(MODELS["embedded"].prompts)
+    text = demo.encoder.encode(prompts)
     branch = {
         "prompt_embeds": text.tokens,
         "prompt_attention_mask": text.mask,
@@ -66,7 +66,7 @@ def main(
                 }
             )
             write_json(json, rows)
-    show(f"{len(PROMPTS)} prompts, {steps} steps, guidance {scale}, against dense", rows)
+    show(f"{len(prompts)} prompts, {steps} steps, guidance {scale}, against dense", rows)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python -m benchmarks.few_steps [--json FILE]
 
 The embedded model is not distilled: its videos of few steps are blurred, but how far AdaSpa's are from the dense ones
-of as many steps can be measured. `attention` is the work of all steps in units of dense attention: a search's block
-mass, which multiplies Q and K alone, counts one half. Means over five prompts, from the same noise.
+of as many steps can be measured. `attention` is the work of all steps in units of dense attention. Means over five
+prompts, from the same noise.
 """
 
 from pathlib import Path
@@ -14,8 +14,8 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from adaspa_jax import SparseConfig, StepKind
-from benchmarks.quality import CHECKPOINT, PROMPTS
+from adaspa_jax import SparseConfig
+from benchmarks.quality import MODELS, work
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim
@@ -29,20 +29,14 @@ SCHEDULES = {
 """Steps -> the searches that are tried."""
 
 
-def attention(config: SparseConfig, density: float) -> float:
-    """Work of attention in all steps, in units of dense attention."""
-    cost = {StepKind.DENSE: 1.0, StepKind.FUSED_SEARCH: 1.5, StepKind.CACHED_SEARCH: 0.5 + density}
-    return float(np.mean([cost.get(StepKind(kind), density) for kind in config.step_kinds()]))
-
-
 def main(
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
     sparsity: Annotated[float, typer.Option(help="share of block pairs to skip")] = 0.8,
     compensation: Annotated[str, typer.Option(help="what stands for skipped blocks: none or pooled")] = "none",
 ) -> None:
     """Prints quality and work by number of steps and by search steps."""
-    words = HunyuanVideoPipeline.load(CHECKPOINT)
-    pipeline, given = words.video_pipeline(), words.embed(PROMPTS)
+    words, prompts = HunyuanVideoPipeline.load(MODELS["embedded"].checkpoint), list(MODELS["embedded"].prompts[:5])
+    pipeline, given = words.video_pipeline(), words.embed(prompts)
     base = SparseConfig(sparsity=sparsity, compensation=compensation, steps=max(SCHEDULES))  # type: ignore[arg-type]
     plan = pipeline.plan(given, base)
     # When a step searches is an input of the program.
@@ -58,10 +52,10 @@ def main(
             videos = [np.clip(x.latents, -1, 1) for x in (sparse, dense)]
             row = {"steps": steps, "search_steps": list(search)}
             row |= {"psnr_db": psnr(videos[0], videos[1]), "ssim": ssim(videos[0], videos[1])}
-            row |= {"attention": attention(own, sparse.reports[0].density), "recall": sparse.reports[0].recall}
+            row |= {"attention": work(own, sparse.layout), "recall": sparse.reports[0].recall}
             rows.append(row | {"speedup": dense.seconds / sparse.seconds})
             write_json(json, rows)
-    show(f"{len(PROMPTS)} prompts, sparsity {sparsity}, compensation {compensation}, against dense", rows)
+    show(f"{len(prompts)} prompts, sparsity {sparsity}, compensation {compensation}, against dense", rows)
 
 
 if __name__ == "__main__":

@@ -1,81 +1,313 @@
-"""What does sparsity cost? Five prompts on the embedded checkpoint, AdaSpa against dense from the same noise.
+"""What does sparsity cost, and which way of it is worth its work? Two models, AdaSpa against dense from one noise.
 
-    python -m benchmarks.quality [--json FILE] [--full]
+    python -m benchmarks.quality [--model embedded] [--json FILE] [--picture FILE] [--variant NAME] [--work 0.38]
 
-Sparsity by token order; then, at sparsity 0.8, head tiers and the LSE cache switched off one at a time. --full takes
-every combination. PSNR, SSIM and recall are means over the prompts.
+Every variant is run at the same attention work, in units of a dense run: a dense step 1, a search's block mass 0.5
+more, a sparse step its density, stand-ins (1 - density) / block. The levels of work are those of the paper's schedule
+(searches at 20% and 60% of the steps) at sparsity 0.9, 0.8 and 0.5. PSNR, SSIM and flicker are means over prompts and
+seeds; `gain_db` is the paired difference to "none" at the same work, `gain_error` its standard error.
+
+"embedded" is the demo's model. "yardstick" is one that `models.demo.train --preset hard` makes, as hard as real ones;
+it is run where it is found, in benchmarks/yardstick. `benchmarks.probe` says how hard a model is.
 """
 
 import dataclasses
-import itertools
-from collections.abc import Iterator
+import functools
+import math
+import multiprocessing
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
+import jax.numpy as jnp
+import numpy as np
 import typer
 from rich.progress import track
 
-from adaspa_jax import SparseConfig
-from adaspa_jax.layout import TokenOrder
+from adaspa_jax import SparseConfig, StepKind
+from adaspa_jax.layout import TokenLayout
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim
-from models.pipeline.words import HunyuanVideoPipeline, Sample
+from models.pipeline.plan import initial_noise
+from models.pipeline.video import LatentSample
+from models.pipeline.words import HunyuanVideoPipeline
 from pallas_kernels import Implementation
 
-CHECKPOINT = Path(__file__).parent.parent / "models" / "demo" / "checkpoint"
-PROMPTS = [
+
+@dataclass(frozen=True)
+class Model:
+    """A checkpoint with a word encoder, and prompts that it knows."""
+
+    checkpoint: Path
+    prompts: tuple[str, ...]
+
+
+_ROOT = Path(__file__).parent.parent
+_CLIPS = (
     "red circle moving left",
     "blue square moving down",
     "yellow triangle moving up",
     "green ring moving right",
     "white circle moving right",
-]
-SPARSITIES = (0.5, 0.7, 0.8, 0.9)
-ORDERS: tuple[TokenOrder, ...] = ("cube", "raster")
+    "blue ring moving up",
+    "red triangle moving down",
+    "green square moving left",
+)
+MODELS = {
+    "embedded": Model(_ROOT / "models/demo/checkpoint", _CLIPS),
+    "yardstick": Model(
+        _ROOT / "benchmarks/yardstick",
+        tuple(f"{front} {behind}" for front, behind in zip(_CLIPS, _CLIPS[3:] + _CLIPS[:3], strict=True)),
+    ),
+}
 
 
-def configs(steps: int, full: bool) -> Iterator[SparseConfig]:
-    """The configurations of the table."""
-    base = SparseConfig(steps=steps)
-    for sparsity, order, tiers, cache in itertools.product(SPARSITIES, ORDERS, (True, False), (True, False)):
-        varied = (not tiers) + (not cache)
-        if full or varied == 0 or (varied == 1 and sparsity == base.sparsity):
-            yield dataclasses.replace(base, sparsity=sparsity, token_order=order, head_adaptive=tiers, lse_cache=cache)
+def model_of(name: str, checkpoint: Path | None = None) -> Model:
+    """The model `name`, at another place if given. ValueError for another name, or a model that is not there."""
+    if name not in MODELS:
+        raise ValueError(f"--model {name!r} is unknown; choose of: {', '.join(MODELS)}")
+    model = MODELS[name] if checkpoint is None else dataclasses.replace(MODELS[name], checkpoint=checkpoint)
+    if not model.checkpoint.is_dir():
+        raise ValueError(
+            f"{name}: {model.checkpoint} is no folder; python -m models.demo.train --preset hard makes one"
+        )
+    return model
 
 
-def row(config: SparseConfig, sparse: Sample, dense: Sample) -> dict[str, Any]:
-    """One line of the table."""
-    assert sparse.report is not None
+MASS_WORK = 0.5
+"""Of a dense step's attention: one of its two products."""
+LEVELS = (0.9, 0.8, 0.5)
+
+
+def variants(steps: int) -> dict[str, SparseConfig]:
+    """The ways to be compared, whatever their sparsity."""
+    at = lambda *shares: tuple(max(1, round(share * steps)) for share in shares)
+    none = SparseConfig(steps=steps, search_steps=at(0.2, 0.6), compensation="none", head_adaptive=True)
+    pooled = dataclasses.replace(none, compensation="pooled")
+    change = dataclasses.replace
     return {
-        "sparsity": config.sparsity,
-        "token_order": config.token_order,
-        "head_adaptive": config.head_adaptive,
-        "lse_cache": config.lse_cache,
-        "psnr_db": psnr(sparse.video, dense.video),
-        "ssim": ssim(sparse.video, dense.video),
-        "recall": sparse.report.recall,
-        "density": sparse.report.density,
+        "none": none,
+        "none, raster (paper)": change(none, token_order="raster"),
+        "none, block 128": change(none, block_size=128),
+        "pooled": pooled,
+        "pooled, no tiers": change(pooled, head_adaptive=False),
+        "pooled, exact LSE": change(pooled, lse_cache=False),
+        "pooled, block 128": change(pooled, block_size=128),
+        "pooled, blocks 128 x 64": change(pooled, query_block_size=128),
+        "pooled, one search": change(pooled, search_steps=at(0.2)),
+        "pooled, searches at 16, 60%": change(pooled, search_steps=at(0.16, 0.6)),
+        "pooled, searches at 12, 60%": change(pooled, search_steps=at(0.12, 0.6)),
+        "pooled, searches at 12, 30, 60%": change(pooled, search_steps=at(0.12, 0.3, 0.6)),
+        "pooled, block 128, searches at 12, 60%": change(pooled, block_size=128, search_steps=at(0.12, 0.6)),
     }
 
 
+def work(config: SparseConfig, layout: TokenLayout) -> float:
+    """Attention of a whole run in units of a dense one."""
+    density = config.budget(layout).base / layout.num_blocks
+    sparse = density + (1 - density) / config.block_size * (config.compensation == "pooled")
+    search = MASS_WORK * (1 if config.lse_cache else 2)
+    cost = {
+        StepKind.DENSE: 1.0,
+        StepKind.FUSED_SEARCH: 1 + MASS_WORK,
+        StepKind.CACHED_SEARCH: sparse + search,
+        StepKind.SPARSE: sparse,
+    }
+    return sum(cost[StepKind(kind)] for kind in config.step_kinds()) / config.steps
+
+
+def at_work(config: SparseConfig, layout: TokenLayout, most: float) -> SparseConfig | None:
+    """`config` at the sparsity whose work is nearest below `most`; None if there is none."""
+    total = layout.num_blocks
+    for kept in range(total, layout.text_blocks, -1):
+        found = dataclasses.replace(config, sparsity=1 - kept / total)
+        if work(found, layout) <= most + 1e-9:
+            return found
+    return None
+
+
+def flicker(video: np.ndarray, reference: np.ndarray) -> float:
+    """Mean difference of the changes from frame to frame, of videos [..., F, H, W] in [-1, 1]."""
+    change = lambda x: np.diff(x.astype(np.float64), axis=-3)
+    return float(np.abs(change(video) - change(reference)).mean())
+
+
+def figures(videos: np.ndarray, dense: np.ndarray) -> dict[str, list[float]]:
+    """Of each video of a batch."""
+    pairs = [(np.clip(a, -1, 1), np.clip(b, -1, 1)) for a, b in zip(videos, dense, strict=True)]
+    return {
+        "psnr_db": [psnr(a[None], b[None]) for a, b in pairs],
+        "ssim": [ssim(a[None], b[None]) for a, b in pairs],
+        "flicker": [flicker(a, b) for a, b in pairs],
+    }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A loaded model, and what its variants are run on: every prompt with every noise, one batch."""
+
+    pipeline: HunyuanVideoPipeline
+    prompts: tuple[str, ...]
+    seeds: int
+    implementation: Implementation | None
+
+    def layout(self, config: SparseConfig) -> TokenLayout:
+        """Of the model's own size."""
+        video = self.pipeline.video_pipeline()
+        shape = video.plan(self.pipeline.embed(list(self.prompts)), config).shape
+        return video.experts[0].layout(shape[2:], self.pipeline.encoder.max_words, config)
+
+    def run(self, config: SparseConfig, dense: bool = False) -> LatentSample:
+        """Videos [seeds * prompts, 3, F, H, W], those of a seed side by side."""
+        video, embeddings = self.pipeline.video_pipeline(), self.pipeline.embed(list(self.prompts) * self.seeds)
+        shape = (len(self.prompts), *video.plan(embeddings, config).shape[1:])
+        noise = jnp.concatenate([jnp.asarray(initial_noise(shape, seed, None)) for seed in range(self.seeds)])
+        return video.sample(embeddings, config, noise=noise, dense=dense, implementation=self.implementation)
+
+    def row(self, name: str, config: SparseConfig, dense: np.ndarray) -> dict[str, Any]:
+        """What a variant reaches against the videos `dense`; lists by video under "of_video"."""
+        run, layout = self.run(config), self.layout(config)
+        videos, (report,) = figures(run.latents, dense), run.reports
+        return {
+            "variant": name,
+            "work": work(config, layout),
+            "density": config.budget(layout).base / layout.num_blocks,
+            **{key: float(np.mean(values)) for key, values in videos.items()},
+            "recall": report.recall,
+            "stand_ins": report.stand_ins,
+            "of_video": videos,
+        }
+
+
+def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> Iterator[tuple[str, SparseConfig]]:
+    """(variant, configuration) of every level that a variant can work at, the least work first."""
+    for most in levels:
+        for name, config in chosen.items():
+            found = at_work(config, bench.layout(config), most)
+            if found is not None:
+                yield name, found
+
+
+def default_levels(bench: Bench, steps: int) -> list[float]:
+    """The work of "none" at each of LEVELS."""
+    none = variants(steps)["none"]
+    return [work(dataclasses.replace(none, sparsity=s), bench.layout(none)) for s in LEVELS]
+
+
+def add_gains(rows: list[dict[str, Any]], levels: list[float]) -> None:
+    """Adds `level`, and the paired difference to "none" at that level with its standard error."""
+    for row in rows:
+        row["level"] = min((most for most in levels if row["work"] <= most + 1e-9), key=lambda most: most - row["work"])
+    base = {row["level"]: row for row in rows if row["variant"] == "none"}
+    for row in rows:
+        row["gain_db"] = row["gain_error"] = math.nan
+        if row["level"] in base:
+            ours, theirs = (np.asarray(r["of_video"]["psnr_db"]) for r in (row, base[row["level"]]))
+            row["gain_db"] = float((ours - theirs).mean())
+            row["gain_error"] = float((ours - theirs).std(ddof=1) / math.sqrt(len(ours))) if len(ours) > 1 else math.nan
+
+
+def draw(path: Path, rows: list[dict[str, Any]]) -> None:
+    """A picture of the front: PSNR against attention work, a panel a model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = list(dict.fromkeys(row["model"] for row in rows))
+    figure = Figure(figsize=(6.4 * len(models), 4.8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, model in zip(figure.subplots(1, len(models), squeeze=False)[0], models, strict=True):
+        own = [row for row in rows if row["model"] == model]
+        for name in dict.fromkeys(row["variant"] for row in own):
+            points = sorted((row["work"], row["psnr_db"]) for row in own if row["variant"] == name)
+            axes.plot(
+                *zip(*points, strict=True), marker="o", linestyle="--" if name.startswith("none") else "-", label=name
+            )
+        axes.set(title=model, xlabel="attention work, dense = 1", ylabel="PSNR against dense [dB]")
+        axes.grid(alpha=0.3)
+    axes.legend(fontsize="x-small")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+
+
+_WORKER: dict[str, Any] = {}
+"""Of a process of the pool: its Bench and the dense videos."""
+
+
+def _start(bench: Callable[[], Bench], dense: np.ndarray) -> None:
+    _WORKER.update(bench=bench(), dense=dense)
+
+
+def _row(job: tuple[str, SparseConfig]) -> dict[str, Any]:
+    return _WORKER["bench"].row(*job, _WORKER["dense"])  # type: ignore[no-any-return]
+
+
+def measure(
+    name: str, make: Callable[[], Bench], chosen: dict[str, SparseConfig], levels: list[float], processes: int
+) -> Iterator[dict[str, Any]]:
+    """The rows of one model, as they are done."""
+    bench = make()
+    dense = bench.run(next(iter(chosen.values())), dense=True).latents
+    todo = list(jobs(bench, chosen, levels))
+    with ExitStack() as stack:
+        if processes == 1:
+            done: Iterable[dict[str, Any]] = (bench.row(*job, dense) for job in todo)
+        else:
+            # Each traces and compiles on its own: threads would wait for one another.
+            context = multiprocessing.get_context("spawn")
+            pool = ProcessPoolExecutor(processes, context, _start, (make, dense))
+            done = stack.enter_context(pool).map(_row, todo)
+        for row in track(done, f"sampling {name}", len(todo)):
+            yield {"model": name} | row
+
+
+def load(model: Model, dtype: str, prompts: int, seeds: int, implementation: Implementation | None) -> Bench:
+    """The Bench of a model."""
+    pipeline = HunyuanVideoPipeline.load(model.checkpoint, jnp.dtype(dtype))
+    return Bench(pipeline, model.prompts[:prompts], seeds, implementation)
+
+
 def main(
+    model: Annotated[
+        list[str] | None, typer.Option(help=f"of {', '.join(MODELS)}; repeatable, default: all there are")
+    ] = None,
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
-    seed: Annotated[int, typer.Option(help="seed of the noise")] = 0,
-    full: Annotated[bool, typer.Option("--full", help="every combination of the four switches")] = False,
+    picture: Annotated[Path | None, typer.Option(help="draw the front to this PNG")] = None,
+    variant: Annotated[list[str] | None, typer.Option(help="to run; repeatable, default: all")] = None,
+    work_: Annotated[list[float] | None, typer.Option("--work", help="levels of work; repeatable")] = None,
+    steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 50,
+    prompts: Annotated[int, typer.Option(help="how many", min=1, max=len(_CLIPS))] = len(_CLIPS),
+    seeds: Annotated[int, typer.Option(help="how many noises a prompt", min=1)] = 2,
+    processes: Annotated[int, typer.Option(help="variants at a time, which share the device's memory", min=1)] = 1,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the models")] = "float32",
     implementation: Annotated[str | None, typer.Option(help="kernels to run, see pallas_kernels")] = None,
 ) -> None:
-    """Prints PSNR, SSIM and recall by sparsity, token order, head tiers and LSE cache."""
+    """Prints PSNR, SSIM, flicker, recall and what the stand-ins hold, by model, work and variant."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
-    pipeline = HunyuanVideoPipeline.load(CHECKPOINT)
-    chosen = list(configs(steps, full))
-    dense = pipeline.sample(PROMPTS, chosen[0], seed=seed, dense=True, implementation=kernels)
-    rows = []
-    for config in track(chosen, "sampling"):
-        rows.append(row(config, pipeline.sample(PROMPTS, config, seed=seed, implementation=kernels), dense))
-        write_json(json, rows)
-    show(f"{len(PROMPTS)} prompts, {steps} steps, seed {seed}, against dense", rows)
+    names, all_variants = model or [name for name in MODELS if MODELS[name].checkpoint.is_dir()], variants(steps)
+    models = {name: model_of(name) for name in names}
+    for name in variant or []:
+        if name not in all_variants:
+            raise ValueError(f"--variant {name!r} is unknown; choose of: {'; '.join(all_variants)}")
+    chosen = {name: all_variants[name] for name in variant or all_variants}
+    rows: list[dict[str, Any]] = []
+    for name, found in models.items():
+        make = functools.partial(load, found, dtype, prompts, seeds, kernels)
+        levels, own = work_ or default_levels(make(), steps), []
+        for row in measure(name, make, chosen, levels, processes):
+            own.append(row)
+            add_gains(own, levels)
+            write_json(json, rows + own)
+        rows += own
+    show(
+        f"{prompts} prompts, {seeds} seeds, {steps} steps, against dense",
+        [{key: x for key, x in row.items() if key != "of_video"} for row in rows],
+    )
+    if picture is not None:
+        draw(picture, rows)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def timed(console: Console, name: str, runs: Any, job: Job) -> Any:
 def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
     named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
-    same = ("sparsity", "block_size", "steps", "token_order", "dense_last_steps", "share_cfg_indices", "compensation")
+    same = ("sparsity", "block_size", "query_block_size", "steps", "token_order", "dense_last_steps")
+    same += ("share_cfg_indices", "compensation")  # type: ignore[assignment]
     found = {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
     few = _timesteps(given["timesteps"])
     return found if few is None else found | {"steps": len(few)}
@@ -122,6 +123,9 @@ def main(
     ] = None,
     sparsity: Annotated[float | None, typer.Option(help="share of block pairs to skip, in [0, 1)")] = None,
     block_size: Annotated[int | None, typer.Option(help="tokens of a block, a power of two")] = None,
+    query_block_size: Annotated[
+        int | None, typer.Option(help="tokens whose rows share a list of blocks; default: --block-size")
+    ] = None,
     search_step: Annotated[
         list[int] | None,
         typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps, from 2"),

@@ -7,11 +7,12 @@ from pallas_kernels.api import (
     merge_attention,
     pooled_attention,
 )
-from pallas_kernels.blocks import lookup, pack_bits, partial_first, unpack_bits
+from pallas_kernels.blocks import ascending, lookup, pack_bits, partial_first, unpack_bits
 from pallas_kernels.dispatch import Implementation, resolve_implementation
 
 __all__ = [
     "Implementation",
+    "ascending",
     "block_mass",
     "block_sparse_attention",
     "flash_attention",

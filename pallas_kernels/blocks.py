@@ -93,6 +93,13 @@ def lookup(flags: Array, indices: Array) -> Array:
     return (word >> (indices & 31)) & 1 != 0
 
 
+def ascending(indices: Array, counts: Array, num_blocks: int) -> Array:
+    """Lists int32 [..., K] of blocks below `num_blocks`: the first `counts` [...] ascending, then the others."""
+    unused = numbers(indices.shape[-1], indices.ndim) >= counts[..., None]
+    keys = jnp.sort(jnp.where(unused, indices + num_blocks, indices), axis=-1)
+    return jnp.where(keys < num_blocks, keys, keys - num_blocks)
+
+
 def partial_first(indices: Array, counts: Array, partial: Array) -> Array:
     """Lists whose `partial` blocks come first, which the TPU kernel runs fastest; the order is kept otherwise.
 

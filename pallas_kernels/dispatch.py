@@ -77,10 +77,11 @@ def resolve_implementation(
     dtype: Any = jnp.bfloat16,
     head_dim: int = 128,
     block_size: int = 64,
+    query_block_size: int | None = None,
 ) -> Implementation:
     """The implementation that block-sparse attention of these shapes runs on the default platform.
 
     Raises ValueError for an unknown name and NotImplementedError for one that cannot serve.
     """
-    request = Request("block_sparse_attention", jnp.dtype(dtype), head_dim, block_size, block_size)
+    request = Request("block_sparse_attention", jnp.dtype(dtype), head_dim, query_block_size or block_size, block_size)
     return choose(implementation, request)[0]

@@ -256,6 +256,7 @@ class VideoPipeline:
                 dtype=model.dtype,
                 head_dim=model.config.attention_head_dim,
                 block_size=config.block_size,
+                query_block_size=config.query_block,
             ),
         )
 

@@ -24,11 +24,12 @@ from tests.matrix import in_matrix
 
 SIDES = st.integers(1, 9)
 LAYOUTS = st.builds(
-    TokenLayout.create,
+    lambda grid, text, block, order, parts: TokenLayout.create(grid, text, block, order, block * parts),
     st.tuples(SIDES, SIDES, SIDES),
     st.integers(0, 40),
     st.sampled_from([1, 4, 16, 32]),
     st.sampled_from(["raster", "cube"]),
+    st.sampled_from([1, 1, 2, 4]),
 )
 
 
@@ -40,7 +41,24 @@ def test_packing_puts_every_token_in_one_place(layout: TokenLayout) -> None:
     np.testing.assert_array_equal(layout.unpack_video(jnp.asarray(packed)), tokens)
     valid = (np.arange(layout.block) < layout.video_valid[:, None]).reshape(-1)
     assert sorted(packed[0, valid, 0]) == list(range(layout.video_tokens))
-    assert layout.video_valid.min() >= 1
+    by_query_block = valid.reshape(layout.query_blocks, layout.query_block)
+    assert (np.diff(by_query_block.astype(int), axis=1) <= 0).all()  # what is real comes first
+    assert by_query_block.any(1).all()
+
+
+def test_the_blocks_of_a_query_block_are_cubes_side_by_side() -> None:
+    layout = TokenLayout.create((8, 8, 8), 0, 64, "cube", 128)
+    assert (layout.cube, layout.query_blocks, layout.video_blocks) == ((4, 4, 8), 4, 8)
+    frames, rows, columns = np.unravel_index(np.asarray(layout.pack_video(jnp.arange(512)[None]))[0], layout.grid)
+    for block in range(layout.video_blocks):
+        inside = slice(64 * block, 64 * block + 64)
+        assert [int(np.ptp(x[inside])) for x in (frames, rows, columns)] == [3, 3, 3]
+
+
+@pytest.mark.parametrize("changes", [{"query_block_size": 32}, {"query_block_size": 96}, {"query_block_size": 1.5}])
+def test_query_blocks_are_whole_powers_of_two_of_blocks(changes: dict) -> None:
+    with pytest.raises(ValueError, match="query_block_size"):
+        SparseConfig(block_size=64, **changes)
 
 
 @given(LAYOUTS, st.integers(0, 50))
@@ -179,9 +197,9 @@ def test_full_scale_state_has_the_size_of_the_reference() -> None:
     )
 
 
-def call_of(order: str, text: int, sparsity: float = 0.7, heads: int = 4, drift: float = 0.0):
-    """(config, layout, q, k, v, block_valid, state) of one call."""
-    config = SparseConfig(sparsity=sparsity, block_size=16, token_order=order)  # type: ignore[arg-type]
+def call_of(order: str, text: int, sparsity: float = 0.7, heads: int = 4, rows: int = 16):
+    """(config, layout, q, k, v, block_valid, state) of one call; query blocks of `rows`."""
+    config = SparseConfig(sparsity=sparsity, block_size=16, query_block_size=rows, token_order=order)  # type: ignore[arg-type]
     layout = config.layout((5, 6, 9), text)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, layout.length, heads, 32)) * 1.5, jnp.float32) for _ in range(3))
@@ -233,12 +251,32 @@ def test_cached_lse_plus_log_sum_is_the_exact_new_lse() -> None:
 
 
 @pytest.mark.parametrize("order", ["raster", "cube"])
-def test_sparsity_0_is_dense_in_every_kind(order: str) -> None:
-    config, layout, q, k, v, valid, state = call_of(order, 20, sparsity=0.0)
+def test_rows_of_a_query_block_share_a_list(order: str) -> None:
+    config, layout, q, k, v, valid, state = call_of(order, 20, rows=64)
+    call = lambda s, kind: adaspa_attention(q, k, v, s, kind, layout=layout, config=config, block_valid=valid)
+    found = call(state, StepKind.FUSED_SEARCH)[1]
+    assert found is not None
+    assert found.indices.shape[2] == layout.query_blocks == layout.video_length // 64
+    video, keys = layout.video_length, np.arange(layout.length)
+    kept = np.zeros((2, 4, layout.query_blocks, layout.num_blocks), bool)
+    for spot in np.ndindex(*found.counts.shape):
+        kept[(*spot, np.asarray(found.indices[spot])[: int(found.counts[spot])])] = True
+    real = keys % 16 < np.asarray(valid)[:, keys // 16]
+    mask = kept.repeat(64, 2).repeat(16, 3) & real[:, None, None]
+    scores = jnp.einsum("bqhd,bkhd->bhqk", q[:, :video], k) * 32**-0.5
+    p = jax.nn.softmax(jnp.where(mask, scores, -jnp.inf), axis=-1)
+    expected = jnp.einsum("bhqk,bkhd->bqhd", p, v)
+    got = call(found, StepKind.SPARSE)[0][:, :video]
+    np.testing.assert_allclose(got[:, real[0, :video]], expected[:, real[0, :video]], atol=1e-5)
+
+
+@pytest.mark.parametrize(("order", "rows"), [("raster", 16), ("cube", 16), ("cube", 32)])
+def test_sparsity_0_is_dense_in_every_kind(order: str, rows: int) -> None:
+    config, layout, q, k, v, valid, state = call_of(order, 20, sparsity=0.0, rows=rows)
     call = lambda s, kind: adaspa_attention(q, k, v, s, kind, layout=layout, config=config, block_valid=valid)
     dense, found = call(state, StepKind.FUSED_SEARCH)
     for kind in (StepKind.CACHED_SEARCH, StepKind.SPARSE):
-        np.testing.assert_allclose(call(found, kind)[0], dense, atol=3e-6)
+        np.testing.assert_allclose(call(found, kind)[0], dense, atol=6e-6)
 
 
 def test_misfits_are_value_errors() -> None:
@@ -254,8 +292,10 @@ def test_misfits_are_value_errors() -> None:
         call(state=state._replace(indices=state.indices[..., :1]))
     with pytest.raises(ValueError, match="block_valid must be"):
         call(block_valid=valid[:, :-1])
-    with pytest.raises(ValueError, match="block_size=32 of the config"):
+    with pytest.raises(ValueError, match=r"^block_size=32 of the config"):
         call(config=SparseConfig(block_size=32))
+    with pytest.raises(ValueError, match="query_block_size=64 of the config"):
+        call(config=SparseConfig(block_size=16, query_block_size=64))
 
 
 @pytest.mark.parametrize(("sparsity", "dense_layers"), [(0.6, ()), (0.0, ()), (0.6, (0, 1)), *in_matrix((0.0, (0, 1)))])

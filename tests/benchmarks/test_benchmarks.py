@@ -1,36 +1,68 @@
 """The benchmarks run, on small sizes, and write the rows they promise."""
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from adaspa_jax import SparseConfig
-from benchmarks import cpu, few_steps, quality
-from tests.matrix import in_matrix
+from benchmarks import cpu, few_steps, probe, quality
 
 
-@pytest.mark.parametrize(("sparsities", "count"), [((0.5,), 2), *in_matrix(((0.5, 0.8), 8))])
-def test_quality_writes_its_rows(
-    sparsities: tuple[float, ...], count: int, tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(quality, "CHECKPOINT", tiny_pipeline)
-    monkeypatch.setattr(quality, "SPARSITIES", sparsities)
-    monkeypatch.setattr(quality, "PROMPTS", quality.PROMPTS[:2])
-    quality.main(json=tmp_path / "deep" / "rows.json", steps=3)
-    rows = json.loads((tmp_path / "deep" / "rows.json").read_text())
-    keys = ["sparsity", "token_order", "head_adaptive", "lse_cache", "psnr_db", "ssim", "recall", "density"]
-    assert all(list(row) == keys for row in rows)
-    switches = [tuple(row.values())[:4] for row in rows]
-    assert len(switches) == len(set(switches)) == count
-    assert {(s, o) for s, o, *_ in switches} == {(s, o) for s in sparsities for o in ("cube", "raster")}
-    for switched_off in (any(not tiers for *_, tiers, _ in switches), any(not cache for *_, cache in switches)):
-        assert switched_off == (0.8 in sparsities)  # at the default sparsity alone
+@pytest.fixture
+def tiny_model(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(
+        quality.MODELS, "embedded", dataclasses.replace(quality.MODELS["embedded"], checkpoint=tiny_pipeline)
+    )
 
 
-def test_full_quality_takes_every_combination() -> None:
-    configs = list(quality.configs(50, full=True))
-    assert len(set(configs)) == len(configs) == 32
+def test_quality_compares_variants_at_equal_work(tiny_model: None, tmp_path: Path) -> None:
+    names, levels = ["none", "pooled"], [0.9]
+    file, picture = tmp_path / "deep/rows.json", tmp_path / "docs/front.png"
+    how = {"variant": names, "work_": levels, "steps": 5, "prompts": 2, "seeds": 2}
+    quality.main(model=["embedded"], json=file, picture=picture, **how)
+    rows = json.loads(file.read_text())
+    assert {(row["variant"], row["level"]) for row in rows} >= {(name, 0.9) for name in names}
+    for row in rows:
+        assert row["level"] - 0.2 < row["work"] <= row["level"]
+        assert len(row["of_video"]["psnr_db"]) == 4
+        assert row["psnr_db"] == pytest.approx(np.mean(row["of_video"]["psnr_db"]))
+        assert (row["stand_ins"] > 0) == row["variant"].startswith("pooled")
+        if row["variant"] == "none":
+            assert row["gain_db"] == 0
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_quality_counts_work() -> None:
+    config = SparseConfig(steps=50, sparsity=0.8, search_steps=(10, 30))
+    layout = config.layout((10, 16, 16), 0)  # 40 blocks: 8 kept
+    assert quality.work(config, layout) == pytest.approx((10 + 0.5 + 0.5 + 40 * 0.2) / 50)
+    pooled = dataclasses.replace(config, compensation="pooled")
+    assert quality.work(pooled, layout) == pytest.approx((11 + 40 * (0.2 + 0.8 / 64)) / 50)
+    exact = dataclasses.replace(config, lse_cache=False)
+    assert quality.work(exact, layout) == pytest.approx(quality.work(config, layout) + 0.5 / 50)
+    found = quality.at_work(pooled, layout, quality.work(config, layout))
+    assert found is not None
+    assert found.budget(layout).base == 7
+    assert quality.at_work(config, layout, 0.2) is None
+
+
+@pytest.mark.parametrize("option", ["model", "variant"])
+def test_quality_names_what_it_does_not_know(option: str) -> None:
+    with pytest.raises(ValueError, match=f"--{option} 'best' is unknown; choose of: "):
+        quality.main(**{option: ["best"]})
+
+
+def test_probe_says_how_hard_a_model_is(tiny_model: None, tmp_path: Path) -> None:
+    probe.main(model="embedded", json=tmp_path / "probe.json", steps=4, prompts=2)
+    found, *rows = json.loads((tmp_path / "probe.json").read_text())
+    assert [row["step"] for row in rows] == [1, 2, 3, 4]
+    assert all(0.2 < row["recall"] <= 1 for row in rows)
+    assert rows[0]["velocity_change"] is None
+    assert all(row["velocity_change"] > 0 for row in rows[1:])
+    assert found["mean recall"] == pytest.approx(np.mean([row["recall"] for row in rows]))
 
 
 def test_cpu_measures_what_it_prints() -> None:
@@ -42,12 +74,10 @@ def test_cpu_measures_what_it_prints() -> None:
 
 
 def test_few_steps_writes_its_rows(tiny_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(few_steps, "CHECKPOINT", tiny_pipeline)
-    monkeypatch.setattr(few_steps, "PROMPTS", few_steps.PROMPTS[:1])
+    tiny = quality.Model(tiny_pipeline, quality.MODELS["embedded"].prompts[:1])
+    monkeypatch.setitem(quality.MODELS, "embedded", tiny)
     monkeypatch.setattr(few_steps, "SCHEDULES", {4: ((2,), (1, 2))})
     few_steps.main(json=tmp_path / "rows.json", sparsity=0.5)
     rows = json.loads((tmp_path / "rows.json").read_text())
     assert [row["search_steps"] for row in rows] == [[2], [1, 2]]
     assert all(row["psnr_db"] > 10 for row in rows)
-    work = few_steps.attention(SparseConfig(steps=4, search_steps=(2, 3)), 0.25)
-    assert work == pytest.approx((1 + 1.5 + 0.75 + 0.25) / 4)

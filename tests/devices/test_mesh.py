@@ -46,6 +46,7 @@ def test_on_eight_devices(which: str) -> None:
 
 CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.6)
 POOLED = dataclasses.replace(CONFIG, compensation="pooled")
+WIDE = dataclasses.replace(POOLED, query_block_size=32)
 MESHES = [
     # data, heads, rows, heads of the model, frames
     (CONFIG, 1, 8, 1, 8, 3),
@@ -53,7 +54,7 @@ MESHES = [
     (CONFIG, 2, 4, 1, 8, 3),
     (CONFIG, 1, 4, 2, 12, 3),
     (CONFIG, 1, 2, 4, 6, 3),
-    (POOLED, 1, 4, 2, 8, 3),
+    (WIDE, 1, 4, 2, 8, 3),
     pytest.param(POOLED, 2, 2, 2, 8, 5, marks=pytest.mark.matrix),
 ]
 
@@ -89,7 +90,7 @@ def test_attention_and_its_state(
         expected, alone = jax.jit(functools.partial(step, None, kind))(moved, alone)
         got, spread = jax.jit(functools.partial(step, sharding, kind))(moved, spread)
         np.testing.assert_allclose(np.asarray(got)[:, real], np.asarray(expected)[:, real], atol=1e-5)
-    places, blocks = np.asarray(spread.places), layout.video_blocks
+    places, blocks = np.asarray(spread.places), layout.query_blocks
     for name in ("recall", "drift", "stand_ins"):
         np.testing.assert_allclose(getattr(spread, name), getattr(alone, name), atol=2e-6)
     counts = np.take_along_axis(np.asarray(alone.counts), places[:, :, None], 1)

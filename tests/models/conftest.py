@@ -8,11 +8,17 @@ import pytest
 import torch
 from diffusers import HunyuanVideoTransformer3DModel
 
-from models.demo.train import CONFIG, SCHEDULER
+from models.demo.presets import DEMO
+from models.demo.train import SCHEDULER
 from models.demo.words import WordEncoder
 from models.pipeline.embeddings import write_tensors
 
-TINY = CONFIG | {"num_attention_heads": 2, "attention_head_dim": 16, "rope_axes_dim": (4, 6, 6), "num_single_layers": 2}
+TINY = DEMO.config | {
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "rope_axes_dim": (4, 6, 6),
+    "num_single_layers": 2,
+}
 
 
 @pytest.fixture(scope="session")

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pallas_kernels import lookup, partial_first
+from pallas_kernels import ascending, lookup, partial_first
 from pallas_kernels.mosaic_tpu.attention import DROPPED, HEADER
 from pallas_kernels.mosaic_tpu.lists import tile_lists
 from pallas_kernels.tuning import TpuAttentionTuning
@@ -36,6 +36,18 @@ def test_partial_first_keeps_what_is_in_use_and_its_order(seed: int, entries: in
         used, late = row[:count], ~odd[:count]
         right = np.concatenate([used[~late], used[late], row[count:]])
         np.testing.assert_array_equal(out, right)
+
+
+@few
+@given(seeds, st.sampled_from([1, 5, 12]))
+def test_ascending_sorts_what_is_in_use_and_keeps_the_rest_behind(seed: int, entries: int) -> None:
+    rng = np.random.default_rng(seed)
+    indices = np.stack([rng.permutation(12)[:entries] for _ in range(6)]).astype(np.int32)
+    counts = rng.integers(0, entries + 1, 6).astype(np.int32)
+    got = np.asarray(ascending(jnp.asarray(indices), jnp.asarray(counts), 12))
+    for row, count, out in zip(indices, counts, got, strict=True):
+        np.testing.assert_array_equal(out[:count], sorted(row[:count]))
+        np.testing.assert_array_equal(out[count:], sorted(row[count:]))
 
 
 @few

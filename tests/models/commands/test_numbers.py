@@ -21,6 +21,10 @@ SAMPLE: dict[str, list[tuple[Any, str]]] = {
     "seed": [(-1, "seed=-1 must be a whole number in 0 .. 2^64 - 1"), (2**64, f"seed={2**64}")],
     "sparsity": [(1, "must be in [0, 1)"), ("nan", "sparsity=nan"), (-0.1, "sparsity=-0.1"), ("inf", "sparsity=inf")],
     "block-size": [(0, "block_size=0"), (48, "a power of two"), (-16, "block_size=-16")],
+    "query-block-size": [
+        (8, "query_block_size=8 must be a power of two and at least block_size="),
+        (192, "power of two"),
+    ],
     "search-step": [(0, "must be in 1 .. steps=6"), (7, "must be in 1 .. steps=6"), (-1, "search_steps=(-1,)")],
     "dense-layer": [(-1, "must not be negative"), (2, "below the model's 2 layers")],
     "dense-last-steps": [(-1, "must be in 0 .. steps=6"), (7, "must be in 0 .. steps=6")],

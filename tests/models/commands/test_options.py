@@ -32,6 +32,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "seed": ["--seed", "3-4"],
         "sparsity": ["--sparsity", 0.25],
         "block_size": ["--block-size", 32],
+        "query_block_size": ["--query-block-size", 128],
         "search_step": ["--search-step", 2],
         "token_order": ["--token-order", "raster"],
         "dense_layer": ["--dense-layer", 0],

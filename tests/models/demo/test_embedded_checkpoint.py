@@ -12,6 +12,7 @@ from diffusers.utils import logging as diffusers_logging
 import models
 from models.demo import train
 from models.demo.clips import FRAMES, RGB, SIZE, STEP, render
+from models.demo.presets import PRESETS, Stage
 from models.demo.words import VOCABULARY, WordEncoder
 from tests.models.conftest import TINY
 
@@ -79,9 +80,9 @@ def test_clips_show_what_their_prompts_say() -> None:
         np.testing.assert_allclose(light[i].amax((1, 2, 3)), RGB[color], atol=1e-5)
 
 
-def _train(steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> train.Trainer:
-    monkeypatch.setattr(train, "CONFIG", TINY)
-    trainer = train.Trainer((train.Stage(2, 1, 0.5), train.Stage(4, 1, 0.5)), 4, 1e-3, "cpu")
+def _train(name: str, steps: int, folder: Path) -> train.Trainer:
+    preset = dataclasses.replace(PRESETS[name], config=TINY)
+    trainer = train.Trainer(preset, (Stage(2, 1, 0.5), Stage(4, 1, 0.5)), 4, 1e-3, "cpu")
     state = folder / "state.pt"
     if state.exists():
         trainer.restore(state)
@@ -91,19 +92,20 @@ def _train(steps: int, folder: Path, monkeypatch: pytest.MonkeyPatch) -> train.T
     return trainer
 
 
-def test_a_resumed_training_equals_an_uninterrupted_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_resumed_training_equals_an_uninterrupted_one(name: str, tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "b").mkdir()
-    whole = _train(4, tmp_path / "a", monkeypatch)
-    _train(2, tmp_path / "b", monkeypatch)
-    resumed = _train(4, tmp_path / "b", monkeypatch)
+    whole = _train(name, 4, tmp_path / "a")
+    _train(name, 2, tmp_path / "b")
+    resumed = _train(name, 4, tmp_path / "b")
     for name, value in whole.ema.items():
         torch.testing.assert_close(resumed.ema[name], value, rtol=0, atol=0)
 
 
 def test_stages_cover_the_training() -> None:
     trainer = train.Trainer.__new__(train.Trainer)
-    trainer.stages, trainer.steps = (train.Stage(4, 8, 0.6), train.Stage(16, 2, 0.4)), 10
+    trainer.stages, trainer.steps = (Stage(4, 8, 0.6), Stage(16, 2, 0.4)), 10
     frames = []
     for step in range(11):
         trainer.step = step
