@@ -242,7 +242,7 @@ def _start(bench: Callable[[], Bench], dense: np.ndarray) -> None:
 
 
 def _row(job: tuple[str, SparseConfig]) -> dict[str, Any]:
-    return _WORKER["bench"].row(*job, _WORKER["dense"])  # type: ignore[no-any-return]
+    return _WORKER["bench"].row(*job, _WORKER["dense"])
 
 
 def measure(
