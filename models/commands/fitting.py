@@ -49,21 +49,21 @@ def check_weights(pipeline: VideoPipeline, weights: Weights, limit: int | None) 
         raise ValueError(f"the weights take {_gib(size)} of a device that has {_gib(limit)}{_advice(pipeline)}")
 
 
-def check_fits(runs: Runs, kinds: list[bool], weights: Weights, limit: int | None) -> None:
-    """Waits for the programs. ValueError if one needs more than `limit`, with the longest video that was found to fit.
-
-    `kinds` and `weights` as for `Runs.compile`.
-    """
-    if limit is None:
-        return
-    console = stderr()
-    with console.status("compiling"):
+def overflow(runs: Runs, kinds: list[bool], limit: int) -> Need | None:
+    """Waits for the programs, `kinds` as for `Runs.compile`: what the largest needs if that is more than `limit`."""
+    with stderr().status("compiling"):
         need = max((runs.program(dense).need for dense in kinds), key=lambda need: need.total)
-    if need.total <= limit:
-        return
+    return need if need.total > limit else None
+
+
+def cannot_fit(runs: Runs, kinds: list[bool], weights: Weights, need: Need, limit: int) -> ValueError:
+    """The error for runs that need more than `limit`, with the longest video that was found to fit.
+
+    Programs of other lengths are compiled for it. `kinds` and `weights` as for `Runs.compile`.
+    """
     family, size = runs.pipeline.family, runs.size
     least = 1 + family.time_ratio * -(-family.skip_frames // family.time_ratio)
-    with console.status("this does not fit; looking for what does"):
+    with stderr().status("this does not fit; looking for what does"):
         measure = lambda frames: _need(runs, dataclasses.replace(size, frames=frames), kinds, weights).total
         frames = nearest_frames(measure, size.frames, need.total, least, family.time_ratio, limit)
     parts = f"weights {_gib(need.weights)}, latents and lists {_gib(need.operands)}, work {_gib(need.temporary)}"
@@ -71,7 +71,7 @@ def check_fits(runs: Runs, kinds: list[bool], weights: Weights, limit: int | Non
         "no length fits at this height and width" if frames is None else f"the nearest that fits is --frames {frames}"
     )
     needs = f"this run needs {_gib(need.total)} of a device ({parts}) that has {_gib(limit)}"
-    raise ValueError(f"{needs}; {fits}{_advice(runs.pipeline)}")
+    return ValueError(f"{needs}; {fits}{_advice(runs.pipeline)}")
 
 
 def nearest_frames(

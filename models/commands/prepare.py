@@ -13,7 +13,7 @@ from models.checkpoint.lora_file import Lora
 from models.checkpoint.safetensors_folder import CheckpointError
 from models.commands.encoders import check_frames, check_last_image, pipeline_class, read_pictures
 from models.commands.encoding import Encoder, Wanted
-from models.commands.fitting import check_fits, check_weights, device_limit, with_offload
+from models.commands.fitting import cannot_fit, check_weights, device_limit, overflow, with_offload
 from models.commands.hosts import stderr
 from models.commands.jobs import Job, Texts, make_jobs, of_each_batch, split
 from models.commands.media import require
@@ -184,5 +184,7 @@ def _loaded(runs: Runs, checkpoint: Path, options: Options, read: dict[str, Any]
         task = bar.add_task("loading", total=None)
         done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
         loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
-    check_fits(runs, options.kinds, options.weights, limit)
+    if limit is not None and (need := overflow(runs, options.kinds, limit)) is not None:
+        del loaded  # so that there is room to look for what fits
+        raise cannot_fit(runs, options.kinds, options.weights, need, limit)
     return dataclasses.replace(runs, pipeline=loaded)
