@@ -100,8 +100,11 @@ class _Call(NamedTuple):
         arrays = {name: getattr(self, name)[half:] for name in ("q", "k", "v", "block_valid", "query_valid")}
         return self._replace(**arrays)
 
-    def sparse(self, indices: Array, counts: Array, stand_ins: StandIns) -> Array:
-        """[B, H, rows + Nt, D]: video rows over their blocks and stand-ins of the others, text rows over everything."""
+    def sparse(self, indices: Array, counts: Array, stand_ins: StandIns, lse: Array) -> Array:
+        """[B, H, rows + Nt, D]: video rows over their blocks and stand-ins of the others, text rows over everything.
+
+        `lse` [B, H, rows] of the last search, a number near each row's largest score.
+        """
         pooled = self.config.compensation == "pooled"
         found = block_sparse_attention(
             self.q[:, :, : self.rows],
@@ -112,6 +115,7 @@ class _Call(NamedTuple):
             block_q=self.layout.query_block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
+            shift=everyone(lse, self.config),
             return_lse=pooled,
             implementation=self.implementation,
         )
@@ -216,12 +220,12 @@ def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]
         change = jnp.where(jnp.isfinite(lse), lse - state.lse, 0.0)
     found = searched.select(mass, state)
     calibrated = searched.calibrate(found, mass, norm, state)
-    out = call.sparse(found.indices, found.counts, calibrated[0])
+    out = call.sparse(found.indices, found.counts, calibrated[0], lse)
     return out, searched.keep(found, mass, lse, searched.drift(change, state), calibrated, state)
 
 
 def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
-    return call.sparse(state.indices, state.counts, stand_ins_of(state)), state
+    return call.sparse(state.indices, state.counts, stand_ins_of(state), state.lse), state
 
 
 _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseState]]] = {

@@ -46,6 +46,13 @@ def _check_integers(name: str, x: Array, shape: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name} must be integers {meaning} = {list(shape)}; got {x.dtype}{list(x.shape)}")
 
 
+def _check_shift(shift: Array | None, q: Array) -> None:
+    if shift is not None and (shift.shape != q.shape[:3] or shift.dtype != jnp.float32):
+        raise ValueError(
+            f"shift must be float32 [B, H, Nq] = {list(q.shape[:3])}; got {shift.dtype}{list(shift.shape)}"
+        )
+
+
 def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleType, _Call]:
     """The implementation that runs a call, and the call, refused where XLA would gather the operands of a kernel."""
     name, module = choose(implementation, call.request)
@@ -65,6 +72,7 @@ def flash_attention(
     *,
     block_valid: Array | None = None,
     scale: float | None = None,
+    shift: Array | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -78,6 +86,8 @@ def flash_attention(
       block_valid: integers [B, nk], may be traced: of each of nk equal key blocks the first `block_valid` keys are
         attended to. nk must divide Nk. None: all keys.
       scale: factor on q·k; None: D**-0.5.
+      shift: float32 [B, H, Nq], a number near each row's largest scaled score, such as its LSE of an earlier step. A
+        hint: kernels that have a use for it are faster, and the result is right however far off it is, NaN too.
       return_lse: also return the log-sum-exp of each row's scaled scores.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: run a Pallas kernel in interpret mode; "xla" and "reference" need none and ignore it.
@@ -99,7 +109,8 @@ def flash_attention(
             )
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
-    call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret)
+    _check_shift(shift, q)
+    call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret, shift)
     module, call = _served(implementation, call)
     with jax.named_scope("flash_attention"):
         out, lse = module.flash_attention(call)
@@ -170,6 +181,7 @@ def block_sparse_attention(
     block_k: int,
     block_valid: Array | None = None,
     scale: float | None = None,
+    shift: Array | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -187,6 +199,7 @@ def block_sparse_attention(
       block_k: keys of a key block, a power of two; the last block may be partial.
       block_valid: integers [B, nk], may be traced: valid keys, the first ones of each block. None: all.
       scale: factor on q·k; None: D**-0.5.
+      shift: as in `flash_attention`.
       return_lse: also return the log-sum-exp over the selected keys.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.
@@ -208,7 +221,8 @@ def block_sparse_attention(
     _check_integers("indices", indices, (*rows, indices.shape[3]), "[B, H, nq, kmax]")
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
-    call = SparseCall(q, k, v, indices, counts, _scale(q, scale), block_q, block_k, block_valid, interpret)
+    _check_shift(shift, q)
+    call = SparseCall(q, k, v, indices, counts, _scale(q, scale), block_q, block_k, block_valid, interpret, shift)
     module, call = _served(implementation, call)
     with jax.named_scope("block_sparse_attention"):
         out, lse = module.block_sparse_attention(call)

@@ -40,6 +40,8 @@ class DenseCall:
     block_valid: Array | None = None
     """integers [B, nk]: valid keys of each block, the first ones; None: all."""
     interpret: bool = False
+    shift: Array | None = None
+    """float32 [B, H, Nq], near each row's largest score, natural log; a hint that changes speed alone."""
 
     @property
     def request(self) -> Request:
@@ -68,6 +70,8 @@ class SparseCall:
     block_valid: Array | None = None
     """integers [B, nk]: valid keys of each block, the first ones; None: all."""
     interpret: bool = False
+    shift: Array | None = None
+    """float32 [B, H, Nq], near each row's largest score, natural log; a hint that changes speed alone."""
 
     @property
     def request(self) -> Request:

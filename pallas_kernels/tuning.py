@@ -100,7 +100,7 @@ def tpu_pooled_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) ->
 def tpu_attention_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
     """Defaults for lists of at most `tiles` tiles: long steps, but few enough for short lists to fill."""
     narrow = jnp.dtype(dtype).itemsize == 2
-    keys = 1024 if not narrow else 2560 if generation >= 6 and tile == 128 else 2048
+    keys = 1024 if not narrow else 2560 if generation == 6 and tile == 128 else 2048
     group = keys // tile
     while group > 2 and 2 * group > tiles:
         group //= 2

@@ -54,7 +54,9 @@ def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, s
 
 
 def main(
-    chip: Annotated[list[str] | None, typer.Option(help="v5e, v5p or v6e; several times for several")] = None,
+    chip: Annotated[
+        list[str] | None, typer.Option(help=f"one of {', '.join(CHIPS)}; several times for several")
+    ] = None,
     layers: Annotated[tuple[int, int], typer.Option(help="dual-stream and single-stream layers")] = (1, 2),
 ) -> None:
     """Compiles the sampler and prints its memory."""

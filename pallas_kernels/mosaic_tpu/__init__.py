@@ -1,4 +1,4 @@
-"""TPU kernels (v5e, v5p, v6e) in Pallas Mosaic."""
+"""TPU kernels (v5e, v5p, v6e, v7x) in Pallas Mosaic."""
 
 import jax
 import jax.numpy as jnp

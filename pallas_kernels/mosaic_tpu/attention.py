@@ -4,6 +4,9 @@ K and V of a head stay in VMEM where they fit and are gathered tile by tile from
 takes a group of tiles, its scores are multiplied while the group before goes through its softmax, and the running
 maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. Scores of a tile that is not
 whole get a bias row as they are written; in VMEM the whole tiles that a list ends with go without, turn by turn.
+
+Where a number near each row's maximum is known beforehand, its shift, nothing is compared and nothing rescaled. A row
+whose sum then leaves the range that float32 holds well gets LSE NaN, for the caller to compute it another way.
 """
 
 import functools
@@ -23,6 +26,9 @@ from pallas_kernels.tuning import TpuAttentionTuning
 _LANES = 128
 HEADER = 3
 """Entries of a list before its tiles: where it begins, its pairs of groups, and the turns of whole tiles after them."""
+SHIFT_RANGE = 2.0**64
+"""Sums of exp(score - shift) between this and its inverse are good: terms of 2**-62 of the sum are still normal float32
+numbers, and 2**64 leaves room for products with values and their sum over keys."""
 DROPPED = 1 << 30
 """Added to the entry of a tile that is read but does not count: its bias is the row past the last."""
 
@@ -40,12 +46,16 @@ def _start(table: Any, position: Any, tile: int) -> Any:
 
 
 class _Softmax:
-    """The online softmax of one query block, its state in VMEM."""
+    """The online softmax of one query block, its state in VMEM; with a shift [1, rows] in place of the maximum."""
 
-    def __init__(self, scratch: tuple[Any, ...], bias: Any, table: Any, tile: int, scale: float):
+    def __init__(self, scratch: tuple[Any, ...], bias: Any, table: Any, shift: Any, tile: int, scale: float):
         self.m, self.total, self.acc = scratch
-        self.bias, self.table, self.tile, self.scale = bias, table, tile, scale
-        self.m[...] = jnp.full_like(self.m, FLOOR)
+        self.bias, self.table, self.tile, self.scale, self.shifted = bias, table, tile, scale, shift is not None
+        if self.shifted:
+            row = shift[...]
+            self.m[...] = jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
+        else:
+            self.m[...] = jnp.full_like(self.m, FLOOR)
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
@@ -73,16 +83,18 @@ class _Softmax:
         width = max(self.tile, _LANES)
         part = lambda i: scores[:, i : i + width]
         parts = range(0, scores.shape[1], width)
-        top = functools.reduce(jnp.maximum, (part(i) for i in parts))
-        m = self.m[...]
-        m_new = jnp.maximum(m, top.max(1, keepdims=True) * self.scale)
-        self.m[...] = m_new
-        shrink = jnp.exp2(m - m_new)
-        p = [jnp.exp2(part(i) * self.scale - m_new) for i in parts]
+        m, shrink = self.m[...], None
+        if not self.shifted:
+            top = functools.reduce(jnp.maximum, (part(i) for i in parts))
+            before, m = m, jnp.maximum(m, top.max(1, keepdims=True) * self.scale)
+            self.m[...] = m
+            shrink = jnp.exp2(before - m)
+        p = [jnp.exp2(part(i) * self.scale - m) for i in parts]
         dtype = values.dtype
         product = contract(jnp.concatenate([x.astype(dtype) for x in p], 1), values, 0, dtype)
-        self.total[...] = self.total[...] * shrink + functools.reduce(jnp.add, p)
-        self.acc[...] = self.acc[...] * shrink + product
+        kept = lambda x: x if shrink is None else x * shrink
+        self.total[...] = kept(self.total[...]) + functools.reduce(jnp.add, p)
+        self.acc[...] = kept(self.acc[...]) + product
 
     def finish(self, out: Any, lse: Any) -> None:
         """Writes out [rows, D] and lse [1, rows]."""
@@ -90,6 +102,9 @@ class _Softmax:
         safe = jnp.where(total > 0, total, 1.0)
         out[...] = (self.acc[...] / safe).astype(out.dtype)
         column = jnp.where(total > 0, (self.m[...] + jnp.log2(safe)) * (1 / LOG2E), -jnp.inf)
+        if self.shifted:
+            good = (total >= 1 / SHIFT_RANGE) & (total <= SHIFT_RANGE)
+            column = jnp.where(good, column, jnp.nan)
         lse[...] = jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
 
 
@@ -104,9 +119,9 @@ def _scratch(rows: int, dim: int, width: int) -> list[Any]:
 def _resident_kernel(
     table: Any, q: Any, k: Any, v: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
 ) -> None:
-    """One query block; K and V of the head in VMEM."""
-    out, lse, m, total, acc, even, odd = rest
-    softmax = _Softmax((m, total, acc), bias, table, tile, scale)
+    """One query block; K and V of the head in VMEM. `rest` begins with the shift, if there is one."""
+    *shift, out, lse, m, total, acc, even, odd = rest
+    softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
     group, unroll, buffers = tuning.group, tuning.unroll, (even, odd)
     turn = group * unroll
 
@@ -139,8 +154,8 @@ def _gathered_kernel(
     table: Any, q: Any, kv: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
 ) -> None:
     """One query block; its K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
-    out, lse, m, total, acc, even, odd, ring, arrived = rest
-    softmax = _Softmax((m, total, acc), bias, table, tile, scale)
+    *shift, out, lse, m, total, acc, even, odd, ring, arrived = rest
+    softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
     head, group = pl.program_id(0), tuning.group
     turn, first, turns = 2 * group, table[0, 0], table[0, 1]
 
@@ -186,6 +201,7 @@ def attention(
     v: Array,
     table: Array,
     bias: Array,
+    shift: Array | None = None,
     *,
     rows: int,
     tile: int,
@@ -209,6 +225,7 @@ def attention(
       bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all. With a
         bias of their own for smaller query blocks, an equal number in `rows` rows, and a tile of 128 or more keys:
         [B*H, query blocks, Nk / tile + 1, tile].
+      shift: float32 [B*H, Nq], natural log, in place of each row's maximum.
       rows: of a query block.
       tile: keys of a tile.
       heads: H.
@@ -219,7 +236,7 @@ def attention(
       interpret: passed to pallas_call.
 
     Returns:
-      out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq].
+      out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq], NaN for a row too far from its shift, whose out is wrong.
     """
     (programs, queries, dim), keys = q.shape, k.shape[1]
     blocks = block_count(queries, rows)
@@ -247,6 +264,10 @@ def attention(
         specs.append(pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once()))
     else:
         specs.append(pl.BlockSpec((None, bias.shape[1] // blocks, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
+    if shift is not None:
+        whole = jnp.pad(shift * jnp.float32(LOG2E), ((0, 0), (0, blocks * rows - queries)))
+        operands.append(whole.reshape(programs, blocks, 1, rows))
+        specs.append(pl.BlockSpec((None, None, 1, rows), lambda h, i: (h, i, 0, 0)))
     kernel = _resident_kernel if resident else _gathered_kernel
     out, lse = pl.pallas_call(
         functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),
@@ -268,6 +289,6 @@ def attention(
             disable_bounds_checks=True,
         ),
         interpret=interpret,
-        name=f"adaspa_attention_{'resident' if resident else 'gathered'}",
+        name=f"adaspa_{'attention' if shift is None else 'shifted'}_{'resident' if resident else 'gathered'}",
     )(*operands)
     return out, lse.reshape(programs, -1)[:, :queries]

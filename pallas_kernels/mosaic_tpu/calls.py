@@ -1,11 +1,12 @@
 """Attention on a TPU, dense, over lists of key blocks, over pooled keys: where K and V go, their lists, the kernel."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jax import Array
+from jax import Array, lax
 
-from pallas_kernels.blocks import block_count, lookup, merge_heads, numbers, pad_tokens, partial_first
+from pallas_kernels.blocks import block_count, expand_blocks, lookup, merge_heads, numbers, pad_tokens, partial_first
 from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
@@ -14,6 +15,9 @@ from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_
 
 POOLED_ROWS = 512
 """Of a step over pooled keys, several query blocks: for so few keys a step's beginning and end would cost the most."""
+MOST_SHIFT = 40.0
+"""Nats: dense attention takes a bound on its scores as their shift up to this. A row's largest score is rarely below 0,
+and down to 4 nats below, 44 off, its sum stays within the range of the kernel."""
 GATHERED_ROWS = 512
 """Of a dense query block where K and V come from HBM: fewer would wait for them."""
 
@@ -31,11 +35,29 @@ def _attention(
     """Runs the kernel on [B, H, N, D] arrays, K and V padded to tiles.
 
     `tiles`, each [B, H or 1, Nq / rows or 1, tiles]: first keys, whether a list has the tile, whether it is whole.
+    `options` may hold a shift [B, H, Nq].
     """
     table = tile_lists(*tiles, options["tuning"], resident)
     options |= {"heads": q.shape[1], "resident": resident, "vmem_bytes": chip().vmem_bytes}
+    if (shift := options.pop("shift", None)) is not None:
+        options["shift"] = merge_heads(shift)
     out, lse = attention(merge_heads(q), merge_heads(k), merge_heads(v), merge_heads(table), bias, **options)
     return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+
+def _shifted(run: Callable[..., tuple[Array, Array]], shift: Array, seen: Array) -> tuple[Array, Array]:
+    """`run` with a shift, and once more without where that is too far off for a row that has keys, bool `seen`."""
+    out, lse = run(shift=shift)
+    lost = (jnp.isnan(lse) & seen).any()
+    # A loop of no turn or one: its carry stays where it is, what a cond returns would be copied.
+    out, lse = lax.fori_loop(jnp.int32(0), lost.astype(jnp.int32), lambda *_: run(), (out, lse))
+    return out, jnp.where(seen, lse, -jnp.inf)
+
+
+def _bound(q: Array, k: Array, scale: float) -> Array:
+    """float32 [B, H, Nq]: no score of a row is larger (Cauchy-Schwarz)."""
+    norm = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
+    return norm(q) * norm(k).max(-1, keepdims=True) * jnp.float32(abs(scale))
 
 
 def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
@@ -49,8 +71,15 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     indices = jnp.broadcast_to(numbers(tiles, 2), (batch, tiles))
     order = partial_first(indices, jnp.full(batch, tiles, jnp.int32), ~whole)[:, None, None]
     lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
-    options = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
-    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+    options: dict[str, Any] = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
+    options |= {"tuning": tuning, "interpret": call.interpret}
+    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    some = jnp.full(batch, True) if call.block_valid is None else (call.block_valid > 0).any(1)
+    seen = jnp.broadcast_to(some[:, None, None], q.shape[:3])
+    if call.shift is not None:
+        return _shifted(run, call.shift, seen)
+    bound = _bound(q, call.k, call.scale)
+    return lax.cond(bound.max() <= MOST_SHIFT, lambda: _shifted(run, bound, seen), run)
 
 
 def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
@@ -63,8 +92,16 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
     resident = _resident(k, call.block_q, tile, tuning)
-    options = {"rows": call.block_q, "tile": tile, "scale": call.scale}
-    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+    options: dict[str, Any] = {"rows": call.block_q, "tile": tile, "scale": call.scale}
+    options |= {"tuning": tuning, "interpret": call.interpret}
+    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    if call.shift is None:
+        return run()
+    some = used
+    if call.block_valid is not None:
+        some &= lookup((call.block_valid > 0)[:, None, None], jnp.where(used, indices, 0))
+    seen = expand_blocks(some.any(-1), call.block_q, q.shape[2], 2)
+    return _shifted(run, call.shift, seen)
 
 
 def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:

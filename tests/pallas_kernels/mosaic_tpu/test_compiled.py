@@ -15,8 +15,8 @@ import pytest
 
 ROOT = Path(__file__).parents[3]
 RECORDED = json.loads((ROOT / "benchmarks/results/tpu-static.json").read_text())
-VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20}
-CHIPS = ("v5e", "v5p", "v6e")
+VMEM = {"v5e": 128 << 20, "v5p": 64 << 20, "v6e": 128 << 20, "v7x": 64 << 20}
+CHIPS = ("v5e", "v5p", "v6e", "v7x")
 KEY = ("kernel", "chip", "block", "head_dim", "dtype", "tokens", "ragged")
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is for Linux on x86-64 only")

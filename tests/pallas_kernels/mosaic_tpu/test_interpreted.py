@@ -1,6 +1,7 @@
 """What the shared cases do not reach of the TPU kernels: gathering from HBM, races, lists, and what is refused."""
 
 import dataclasses
+import functools
 import logging
 from typing import Any
 
@@ -11,10 +12,12 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the one place that counts races
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_attention, dispatch, flash_attention, mosaic_tpu
-from pallas_kernels.calls import Request, SparseCall
+from pallas_kernels import block_sparse_attention, dispatch, flash_attention, mosaic_tpu, reference
+from pallas_kernels.calls import DenseCall, Request, SparseCall
+from pallas_kernels.mosaic_tpu import calls
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, assert_attention, operands
+from tests.matrix import only
 
 NAMES = ("bfloat16", "D 128 bfloat16", "ragged length and blocks", "block 128", "more keys than rows", "density 0")
 GATHERED = [case for case in CASES if case.name in NAMES]
@@ -63,6 +66,81 @@ def test_poisoned_lists_are_never_read(resident: bool) -> None:
     for poison in (-1, 2**31 - 1):
         got = run(case, x, tuning, jnp.asarray(np.where(past, poison, clean)))
         jax.tree.map(np.testing.assert_array_equal, got, right)
+
+
+SHIFTS = {
+    "its own": 0.0,
+    "5 off": 5.0,
+    "80 off": 80.0,
+    "200 off": 200.0,
+    "-200 off": -200.0,
+    "-inf": -np.inf,
+    "NaN": np.nan,
+}
+
+
+@pytest.mark.parametrize("far", only({"its own", "-200 off"}, SHIFTS))
+@pytest.mark.parametrize("kernel", ["dense", "resident", "gathered"])
+def test_a_shift_changes_nothing_however_far_off_it_is(kernel: str, far: str) -> None:
+    """Rows that see no key among them; a shift that is right, one nearly right, and ones that float32 cannot hold."""
+    case = Case("ragged length and blocks", rows=300, keys=700, ragged=True, density=0.4)
+    x = operands(case)
+    counts = x.counts.at[:, :, 1].set(0)
+    if kernel == "dense":
+        right = flash_attention(x.q, x.k, x.v, return_lse=True, implementation="reference")
+        call: Any = DenseCall(x.q, x.k, x.v, case.head_dim**-0.5, 700, None, True)
+        run = mosaic_tpu.flash_attention
+    else:
+        blocks = {"block_q": case.block_q, "block_k": case.block_k, "block_valid": x.block_valid}
+        lists = x.q, x.k, x.v, x.indices, counts
+        right = block_sparse_attention(*lists, return_lse=True, implementation="reference", **blocks)
+        sizes = case.head_dim**-0.5, case.block_q, case.block_k
+        call = SparseCall(*lists, *sizes, x.block_valid, True)
+        tuning = TpuAttentionTuning(2, 2, resident=kernel == "resident")
+        run = functools.partial(mosaic_tpu.block_sparse_attention, tuning=tuning)
+    # One row far off is enough to lose it.
+    off = SHIFTS[far]
+    shift = right[1].at[:, :, 7].add(off) if np.isfinite(off) else right[1].at[:, :, 7].set(off)
+    out, lse = run(dataclasses.replace(call, shift=shift))
+    np.testing.assert_allclose(lse, right[1], atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(out, right[0], atol=2e-5)
+    again = run(call)
+    np.testing.assert_allclose(out, again[0], atol=2e-5)
+
+
+@pytest.mark.matrix
+def test_the_shift_of_a_search_lasts_while_q_and_k_drift() -> None:
+    """A random walk of 50 steps, after which q and k are no longer those of the search."""
+    case = Case("plain", rows=256, keys=512)
+    x = operands(case)
+    lists = {"block_q": case.block_q, "block_k": case.block_k, "return_lse": True}
+    shift = block_sparse_attention(x.q, x.k, x.v, x.indices, x.counts, implementation="reference", **lists)[1]
+    rng, q, k = np.random.default_rng(0), x.q, x.k
+    walk = lambda y: y + 0.2 * jnp.asarray(rng.standard_normal(y.shape), y.dtype)
+    for step in range(50):
+        q, k = walk(q), walk(k)
+        if step % 10 == 9:
+            how = lists | {"shift": shift, "implementation": "mosaic_tpu", "interpret": True}
+            got = block_sparse_attention(q, k, x.v, x.indices, x.counts, **how)
+            right = block_sparse_attention(q, k, x.v, x.indices, x.counts, implementation="reference", **lists)
+            for ours, theirs in zip(got, right, strict=True):
+                np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=1e-5)
+
+
+def test_dense_attention_bounds_its_scores_where_it_can(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case("plain", rows=256, keys=512)
+    x = operands(case)
+    call = DenseCall(x.q, x.k, x.v, case.head_dim**-0.5, case.block_k, None, True)
+    right = mosaic_tpu.flash_attention(call)
+    for most in (-1.0, np.inf):  # never, always
+        monkeypatch.setattr(calls, "MOST_SHIFT", most)
+        for got, want in zip(mosaic_tpu.flash_attention(call), right, strict=True):
+            np.testing.assert_allclose(got, want, atol=2e-5)
+    large = dataclasses.replace(call, q=40 * x.q)  # bounds of hundreds of nats, which must be lost and computed again
+    out, lse = mosaic_tpu.flash_attention(large)
+    right = reference.flash_attention(large)
+    np.testing.assert_allclose(out, right[0], atol=1e-4)
+    np.testing.assert_allclose(lse, right[1], rtol=1e-4)
 
 
 Q = jnp.zeros((1, 2, 128, 64), jnp.bfloat16)
