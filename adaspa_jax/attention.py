@@ -1,203 +1,29 @@
 """adaspa_attention: one attention call of a video DiT, and the one switch over step kinds, on one device or a mesh."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import Array, lax
 
-from adaspa_jax.compensation import Pooled, StandIns, calibrate, pool
+from adaspa_jax.call import Call, everyone, stand_ins_of
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.schedule import StepKind
-from adaspa_jax.search import Selection, select_blocks
-from adaspa_jax.sharding import ALONE, DATA, ROWS, AttentionSharding, Spread, inverse, take_heads
+from adaspa_jax.sharding import DATA, ROWS, AttentionSharding, Spread, inverse, take_heads
 from adaspa_jax.state import SparseState
-from pallas_kernels import (
-    Implementation,
-    block_mass,
-    block_sparse_attention,
-    flash_attention,
-    merge_attention,
-    pooled_attention,
-)
+from pallas_kernels import Implementation
 
 Parts = tuple[Array, Array]
 """Video [B, N, H, D] in the layout's order and text [B, Nt, H, D]; Nt = 0 where there is none."""
-_TEXT_KEYS = 8
-"""At most so many parts of the keys of text rows, on a mesh: a few rows of a few heads would leave a chip idle."""
 
 
-class _Call(NamedTuple):
-    """The operands of one call on one device, and the static rest."""
-
-    q: Array
-    """[B, H, rows + Nt, D]: this device's video rows, then text."""
-    k: Array
-    """[B, H, L, D]"""
-    v: Array
-    """[B, H, L, D]"""
-    rows: int
-    block_valid: Array
-    """int32 [B, nk]"""
-    query_valid: Array
-    """int32 [B, blocks of rows]"""
-    layout: TokenLayout
-    config: SparseConfig
-    implementation: Implementation | None
-    spread: Spread = ALONE
-
-    def dense(self, q: Array) -> tuple[Array, Array]:
-        """(out, LSE) of rows q over all keys."""
-        return flash_attention(
-            q, self.k, self.v, block_valid=self.block_valid, return_lse=True, implementation=self.implementation
-        )
-
-    def text(self) -> Array:
-        """[B, H, Nt, D] of the text rows over all keys, a part of the keys after the other merged by LSE."""
-        q, blocks = self.q[:, :, self.rows :], self.layout.num_blocks
-        parts = max(n for n in range(1, _TEXT_KEYS + 1) if blocks % n == 0) if self.spread.heads else 1
-        if parts == 1 or not q.shape[2]:
-            return self.dense(q)[0] if q.shape[2] else q
-        batch, heads, count, dim = q.shape
-        apart = lambda x: x.reshape(batch * heads * parts, 1, -1, dim)
-        every = jnp.broadcast_to(q[:, :, None], (batch, heads, parts, count, dim))
-        valid = jnp.broadcast_to(self.block_valid.reshape(batch, 1, parts, -1), (batch, heads, parts, blocks // parts))
-        out, lse = flash_attention(
-            apart(every),
-            apart(self.k),
-            apart(self.v),
-            block_valid=valid.reshape(-1, blocks // parts),
-            return_lse=True,
-            implementation=self.implementation,
-        )
-        weights = jax.nn.softmax(lse.reshape(batch, heads, parts, count, 1), axis=2)
-        out = (out.reshape(batch, heads, parts, count, dim).astype(jnp.float32) * weights).sum(2)
-        return out.astype(q.dtype)
-
-    def mass(self, lse: Array) -> tuple[Array, Array]:
-        """(mass [B, H, nq, nk], row sums [B, H, rows]) of the video rows under `lse` [B, H, rows]."""
-        return block_mass(
-            self.q[:, :, : self.rows],
-            self.k,
-            lse,
-            block_q=self.layout.query_block,
-            block_k=self.layout.block,
-            block_valid=self.block_valid,
-            query_valid=self.query_valid,
-            return_row_sum=True,
-            implementation=self.implementation,
-        )
-
-    @property
-    def searched(self) -> "_Call":
-        """The part of the batch that searches: all of it, or its second half, the conditional branch."""
-        if not self.config.share_cfg_indices:
-            return self
-        half = self.q.shape[0] // 2
-        arrays = {name: getattr(self, name)[half:] for name in ("q", "k", "v", "block_valid", "query_valid")}
-        return self._replace(**arrays)
-
-    def sparse(self, indices: Array, counts: Array, stand_ins: StandIns, lse: Array) -> Array:
-        """[B, H, rows + Nt, D]: video rows over their blocks and stand-ins of the others, text rows over everything.
-
-        `lse` [B, H, rows] of the last search, a number near each row's largest score.
-        """
-        pooled = self.config.compensation == "pooled"
-        found = block_sparse_attention(
-            self.q[:, :, : self.rows],
-            self.k,
-            self.v,
-            everyone(indices, self.config),
-            everyone(counts, self.config),
-            block_q=self.layout.query_block,
-            block_k=self.layout.block,
-            block_valid=self.block_valid,
-            shift=everyone(lse, self.config),
-            return_lse=pooled,
-            implementation=self.implementation,
-        )
-        out = merge_attention(found, self.compensate(stand_ins))[0] if pooled else found
-        return jnp.concatenate([out, self.text()], axis=2) if self.layout.text else out
-
-    def pooled(self) -> Pooled:
-        """The key blocks of this step."""
-        return pool(self.k, self.v, self.block_valid)
-
-    def compensate(self, stand_ins: StandIns) -> tuple[Array, Array]:
-        """(out, LSE) of the video rows over the stand-ins of the blocks that they dropped."""
-        row, col, kept = (everyone(x, self.config) for x in stand_ins)
-        blocks = self.pooled()
-        out, lse = pooled_attention(
-            self.q[:, :, : self.rows],
-            blocks.k,
-            blocks.v,
-            blocks.log_count[:, None] + col,
-            kept,
-            block_q=self.layout.query_block,
-            return_lse=True,
-            implementation=self.implementation,
-        )
-        by_block = lse.reshape(*row.shape, self.layout.query_block) + row[..., None]
-        return out, by_block.reshape(lse.shape)
-
-    def calibrate(self, found: Selection, mass: Array, lse: Array, state: SparseState) -> tuple[StandIns, Array]:
-        """(StandIns, share of the mass that they hold [B, H] by head) of what a search under `lse` found."""
-        if self.config.compensation == "none":
-            return stand_ins_of(state), state.stand_ins
-        rows = self.q[:, :, : self.rows]
-        made, share = calibrate(rows, self.pooled(), lse, mass, found.kept, self.query_valid, self.spread)
-        return made, self.spread.by_head(share, state.places)
-
-    def select(self, mass: Array, state: SparseState) -> Selection:
-        """Blocks for the heads in their old places."""
-        return select_blocks(mass, self.layout, self.config, self.spread, state.places)
-
-    def keep(
-        self,
-        found: Selection,
-        mass: Array,
-        lse: Array,
-        drift: Array,
-        calibrated: tuple[StandIns, Array],
-        state: SparseState,
-    ) -> SparseState:
-        """The state after a search, heads dealt anew to the devices."""
-        places, move = state.places, lambda x: x
-        if self.spread.heads is not None and self.config.head_adaptive:
-            places = self.spread.deal(found.budgets)
-            move = lambda x: self.spread.move(x, state.places, places)
-        kept_mass = mass if state.mass.size else state.mass
-        lists = move(found.indices), move(found.counts), move(lse)
-        stand_ins, share = calibrated
-        if self.config.compensation == "pooled":
-            stand_ins = StandIns(*map(move, stand_ins))
-        return SparseState(*lists, found.recall, drift, kept_mass, *stand_ins, share, places)
-
-    def drift(self, change: Array, state: SparseState) -> Array:
-        """[B, H] by head, the mean of |change| [B, H, rows] over the valid video rows."""
-        inside = np.arange(self.layout.query_block, dtype=np.int32)[None, None] < self.query_valid[..., None]
-        total = jnp.where(inside.reshape(len(change), 1, -1), jnp.abs(change), 0.0).sum(-1)
-        return self.spread.by_head(self.spread.sum_rows(total), state.places) / self.layout.video_tokens
-
-
-def stand_ins_of(state: SparseState) -> StandIns:
-    """As the last search calibrated them."""
-    return StandIns(state.row_bias, state.col_bias, state.kept)
-
-
-def everyone(x: Array, config: SparseConfig) -> Array:
-    """What was found for the conditional branch, for both; else x."""
-    return jnp.concatenate([x, x]) if config.share_cfg_indices else x
-
-
-def _dense(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
+def _dense(call: Call, state: SparseState) -> tuple[Array, SparseState]:
     return call.dense(call.q)[0], state
 
 
-def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
+def _fused_search(call: Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
     searched, lse = call.searched, lse[-state.lse.shape[0] :, :, : call.rows]
     mass = searched.mass(lse)[0]
@@ -206,7 +32,7 @@ def _fused_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
     return out, searched.keep(found, mass, lse, jnp.zeros_like(state.drift), calibrated, state)
 
 
-def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
+def _cached_search(call: Call, state: SparseState) -> tuple[Array, SparseState]:
     searched = call.searched
     if call.config.lse_cache:
         norm = state.lse
@@ -224,11 +50,11 @@ def _cached_search(call: _Call, state: SparseState) -> tuple[Array, SparseState]
     return out, searched.keep(found, mass, lse, searched.drift(change, state), calibrated, state)
 
 
-def _sparse(call: _Call, state: SparseState) -> tuple[Array, SparseState]:
+def _sparse(call: Call, state: SparseState) -> tuple[Array, SparseState]:
     return call.sparse(state.indices, state.counts, stand_ins_of(state), state.lse), state
 
 
-_BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseState]]] = {
+_BRANCHES: dict[StepKind, Callable[[Call, SparseState], tuple[Array, SparseState]]] = {
     StepKind.DENSE: _dense,
     StepKind.FUSED_SEARCH: _fused_search,
     StepKind.CACHED_SEARCH: _cached_search,
@@ -236,7 +62,7 @@ _BRANCHES: dict[StepKind, Callable[[_Call, SparseState], tuple[Array, SparseStat
 }
 
 
-def _run(call: _Call, state: SparseState | None, step_kind: Any) -> tuple[Array, SparseState | None]:
+def _run(call: Call, state: SparseState | None, step_kind: Any) -> tuple[Array, SparseState | None]:
     """([B, H, rows + Nt, D], new state): the switch over step kinds."""
     if state is None:
         return call.dense(call.q)[0], None
@@ -383,7 +209,7 @@ def _alone(
     """On one device, [B, L, H, D]."""
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     rows = layout.video_length, valid, _query_valid(valid, layout)
-    out, state = _run(_Call(q, k, v, *rows, layout, config, implementation), state, step_kind)
+    out, state = _run(Call(q, k, v, *rows, layout, config, implementation), state, step_kind)
     return out.swapaxes(1, 2), state
 
 
@@ -418,7 +244,7 @@ def _on_mesh(
         rows = q[0].shape[1]
         join = lambda video, text: jnp.concatenate([video, text], axis=1).swapaxes(1, 2)
         keys, values = (join(video[:, :video_length], text) for video, text in (k, v))
-        call = _Call(join(*q), keys, values, rows, valid, query_valid, layout, config, implementation, spread)
+        call = Call(join(*q), keys, values, rows, valid, query_valid, layout, config, implementation, spread)
         out, state = _run(call, state, step_kind if static else kind)
         out = out.swapaxes(1, 2)
         parts = _from_heads((out[:, :rows], out[:, rows:]), places, spread)

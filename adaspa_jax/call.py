@@ -1,0 +1,189 @@
+"""What the steps of an attention call are made of, on a device: dense and sparse attention, mass, lists, stand-ins."""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+
+from adaspa_jax.compensation import Pooled, StandIns, calibrate, pool
+from adaspa_jax.config import SparseConfig
+from adaspa_jax.layout import TokenLayout
+from adaspa_jax.search import Selection, select_blocks
+from adaspa_jax.sharding import ALONE, Spread
+from adaspa_jax.state import SparseState
+from pallas_kernels import (
+    Implementation,
+    block_mass,
+    block_sparse_attention,
+    flash_attention,
+    merge_attention,
+    pooled_attention,
+)
+
+_TEXT_KEYS = 8
+"""At most so many parts of the keys of text rows, on a mesh: a few rows of a few heads would leave a chip idle."""
+
+
+class Call(NamedTuple):
+    """The operands of one call on one device, and the static rest."""
+
+    q: Array
+    """[B, H, rows + Nt, D]: this device's video rows, then text."""
+    k: Array
+    """[B, H, L, D]"""
+    v: Array
+    """[B, H, L, D]"""
+    rows: int
+    block_valid: Array
+    """int32 [B, nk]"""
+    query_valid: Array
+    """int32 [B, blocks of rows]"""
+    layout: TokenLayout
+    config: SparseConfig
+    implementation: Implementation | None
+    spread: Spread = ALONE
+
+    def dense(self, q: Array) -> tuple[Array, Array]:
+        """(out, LSE) of rows q over all keys."""
+        return flash_attention(
+            q, self.k, self.v, block_valid=self.block_valid, return_lse=True, implementation=self.implementation
+        )
+
+    def text(self) -> Array:
+        """[B, H, Nt, D] of the text rows over all keys, a part of the keys after the other merged by LSE."""
+        q, blocks = self.q[:, :, self.rows :], self.layout.num_blocks
+        parts = max(n for n in range(1, _TEXT_KEYS + 1) if blocks % n == 0) if self.spread.heads else 1
+        if parts == 1 or not q.shape[2]:
+            return self.dense(q)[0] if q.shape[2] else q
+        batch, heads, count, dim = q.shape
+        apart = lambda x: x.reshape(batch * heads * parts, 1, -1, dim)
+        every = jnp.broadcast_to(q[:, :, None], (batch, heads, parts, count, dim))
+        valid = jnp.broadcast_to(self.block_valid.reshape(batch, 1, parts, -1), (batch, heads, parts, blocks // parts))
+        out, lse = flash_attention(
+            apart(every),
+            apart(self.k),
+            apart(self.v),
+            block_valid=valid.reshape(-1, blocks // parts),
+            return_lse=True,
+            implementation=self.implementation,
+        )
+        weights = jax.nn.softmax(lse.reshape(batch, heads, parts, count, 1), axis=2)
+        out = (out.reshape(batch, heads, parts, count, dim).astype(jnp.float32) * weights).sum(2)
+        return out.astype(q.dtype)
+
+    def mass(self, lse: Array) -> tuple[Array, Array]:
+        """(mass [B, H, nq, nk], row sums [B, H, rows]) of the video rows under `lse` [B, H, rows]."""
+        return block_mass(
+            self.q[:, :, : self.rows],
+            self.k,
+            lse,
+            block_q=self.layout.query_block,
+            block_k=self.layout.block,
+            block_valid=self.block_valid,
+            query_valid=self.query_valid,
+            return_row_sum=True,
+            implementation=self.implementation,
+        )
+
+    @property
+    def searched(self) -> "Call":
+        """The part of the batch that searches: all of it, or its second half, the conditional branch."""
+        if not self.config.share_cfg_indices:
+            return self
+        half = self.q.shape[0] // 2
+        arrays = {name: getattr(self, name)[half:] for name in ("q", "k", "v", "block_valid", "query_valid")}
+        return self._replace(**arrays)
+
+    def sparse(self, indices: Array, counts: Array, stand_ins: StandIns, lse: Array) -> Array:
+        """[B, H, rows + Nt, D]: video rows over their blocks and stand-ins of the others, text rows over everything.
+
+        `lse` [B, H, rows] of the last search, a number near each row's largest score.
+        """
+        pooled = self.config.compensation == "pooled"
+        found = block_sparse_attention(
+            self.q[:, :, : self.rows],
+            self.k,
+            self.v,
+            everyone(indices, self.config),
+            everyone(counts, self.config),
+            block_q=self.layout.query_block,
+            block_k=self.layout.block,
+            block_valid=self.block_valid,
+            shift=everyone(lse, self.config),
+            return_lse=pooled,
+            implementation=self.implementation,
+        )
+        out = merge_attention(found, self.compensate(stand_ins))[0] if pooled else found
+        return jnp.concatenate([out, self.text()], axis=2) if self.layout.text else out
+
+    def pooled(self) -> Pooled:
+        """The key blocks of this step."""
+        return pool(self.k, self.v, self.block_valid)
+
+    def compensate(self, stand_ins: StandIns) -> tuple[Array, Array]:
+        """(out, LSE) of the video rows over the stand-ins of the blocks that they dropped."""
+        row, col, kept = (everyone(x, self.config) for x in stand_ins)
+        blocks = self.pooled()
+        out, lse = pooled_attention(
+            self.q[:, :, : self.rows],
+            blocks.k,
+            blocks.v,
+            blocks.log_count[:, None] + col,
+            kept,
+            block_q=self.layout.query_block,
+            return_lse=True,
+            implementation=self.implementation,
+        )
+        by_block = lse.reshape(*row.shape, self.layout.query_block) + row[..., None]
+        return out, by_block.reshape(lse.shape)
+
+    def calibrate(self, found: Selection, mass: Array, lse: Array, state: SparseState) -> tuple[StandIns, Array]:
+        """(StandIns, share of the mass that they hold [B, H] by head) of what a search under `lse` found."""
+        if self.config.compensation == "none":
+            return stand_ins_of(state), state.stand_ins
+        rows = self.q[:, :, : self.rows]
+        made, share = calibrate(rows, self.pooled(), lse, mass, found.kept, self.query_valid, self.spread)
+        return made, self.spread.by_head(share, state.places)
+
+    def select(self, mass: Array, state: SparseState) -> Selection:
+        """Blocks for the heads in their old places."""
+        return select_blocks(mass, self.layout, self.config, self.spread, state.places)
+
+    def keep(
+        self,
+        found: Selection,
+        mass: Array,
+        lse: Array,
+        drift: Array,
+        calibrated: tuple[StandIns, Array],
+        state: SparseState,
+    ) -> SparseState:
+        """The state after a search, heads dealt anew to the devices."""
+        places, move = state.places, lambda x: x
+        if self.spread.heads is not None and self.config.head_adaptive:
+            places = self.spread.deal(found.budgets)
+            move = lambda x: self.spread.move(x, state.places, places)
+        kept_mass = mass if state.mass.size else state.mass
+        lists = move(found.indices), move(found.counts), move(lse)
+        stand_ins, share = calibrated
+        if self.config.compensation == "pooled":
+            stand_ins = StandIns(*map(move, stand_ins))
+        return SparseState(*lists, found.recall, drift, kept_mass, *stand_ins, share, places)
+
+    def drift(self, change: Array, state: SparseState) -> Array:
+        """[B, H] by head, the mean of |change| [B, H, rows] over the valid video rows."""
+        inside = np.arange(self.layout.query_block, dtype=np.int32)[None, None] < self.query_valid[..., None]
+        total = jnp.where(inside.reshape(len(change), 1, -1), jnp.abs(change), 0.0).sum(-1)
+        return self.spread.by_head(self.spread.sum_rows(total), state.places) / self.layout.video_tokens
+
+
+def stand_ins_of(state: SparseState) -> StandIns:
+    """As the last search calibrated them."""
+    return StandIns(state.row_bias, state.col_bias, state.kept)
+
+
+def everyone(x: Array, config: SparseConfig) -> Array:
+    """What was found for the conditional branch, for both; else x."""
+    return jnp.concatenate([x, x]) if config.share_cfg_indices else x
