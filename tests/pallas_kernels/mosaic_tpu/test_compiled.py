@@ -95,8 +95,8 @@ def test_the_cycles_are_those_of_a_known_product(rows: list[dict[str, Any]]) -> 
     """A plain matrix product keeps the matrix units busy: what the schedule says must come out at their peak."""
     peaks = [row["mxu_percent"] for row in rows if row["kernel"] == "matmul"]
     assert len(peaks) == len({row["chip"] for row in rows})
-    # The 256-wide units of v6e wait a little for the accumulator.
-    assert all(90 < peak <= 100 for peak in peaks), peaks
+    # The 256-wide units of v6e and v7x wait a little for the accumulator.
+    assert all(89 < peak <= 100 for peak in peaks), peaks
 
 
 @either
