@@ -15,6 +15,7 @@ from typing import Any
 
 from benchmarks.full_size import ALL_LAYERS, HIDDEN_MB
 from benchmarks.table import show
+from benchmarks.tpu.schedule import CHIPS
 from models.commands.cli import run_cli
 
 LAYERS, STEPS, DENSE_STEPS, SEARCHES = sum(ALL_LAYERS), 50, 10, 2
@@ -89,17 +90,20 @@ def efficiencies(file: str | None) -> dict[str, str]:
     return {name: f"{named[f'sampler, {name}']:.1%}" for name in ("dense", "AdaSpa")}
 
 
-def tpu_layer(dense: float, whole: float, mass: float, ghz: float, cores: int, tflops: float) -> Layer:
-    """From static cycles a block of 128 x 128 x 128: the dense loop, a whole list at density 0.2, block mass."""
-    ms = 24 * (119056 / 128) ** 2 / (ghz * 1e6) / cores
-    return Layer(dense * ms, 0.2 * whole * ms, mass * ms, 27 / (0.7 * tflops) * 1e3)
+def tpu_layer(name: str) -> Layer:
+    """From recorded static cycles: dense attention, whole lists at density 0.2, block mass, of 128 x 128 x 128."""
+    chip, rows = CHIPS[name], json.loads((RESULTS / "tpu-static.json").read_text(encoding="utf-8"))
+    case = {"chip": name, "block": 128, "head_dim": 128, "dtype": "bfloat16", "tokens": 119056, "ragged": False}
+    found = {row["kernel"]: row["all_in_cycles_per_block"] for row in rows if case.items() <= row.items()}
+    ms = 24 * (119056 / 128) ** 2 / (chip.ghz * 1e6) / chip.cores
+    teraflops = chip.flops_per_cycle * chip.ghz * chip.cores / 1e3
+    products = 27 / (0.7 * teraflops) * 1e3
+    return Layer(found["dense"] * ms, 0.2 * found["block_sparse"] * ms, found["block_mass"] * ms, products)
 
 
 H200 = Layer(330.2, 68.0, 180.0, 43.8)
 """Measured on one (benchmarks/results/devices-h200x4.json, gpu-h200.json)."""
-V6E = tpu_layer(44.1, 55.1, 22.1, 1.75, 1, 918)
-V5P = tpu_layer(70.8, 82.2, 36.6, 1.75, 2, 459)
-V7X = tpu_layer(45.8, 70.5, 22.8, 2.2, 2, 2307)
+V6E, V5P, V7X = map(tpu_layer, ("v6e", "v5p", "v7x"))
 NVLINK = 193.0
 """GB/s that a device sent in the all-to-all measured on four H200; its links have 450 each way."""
 # A slice's all-to-all is bounded by the links across its middle, half of what each chip sends crossing them.
