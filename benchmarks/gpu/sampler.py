@@ -1,11 +1,11 @@
 """What does a whole sampler gain on a GPU, at HunyuanVideo-13B's proportions?
 
-    python -m benchmarks.gpu.sampler [--json FILE] [--layers 2 4]
+    python -m benchmarks.gpu.sampler [--json FILE] [--layers 2 4] [--preset balanced --preset fast]
 
 720p x 129 frames: 118,800 video tokens and 256 of text, 24 heads, D = 128, bfloat16, random weights, one tenth of the
 60 layers by default. Fewer layers scale the whole run, not its ratios: everything outside the layers is a small part.
 Random weights say nothing of quality, and spread the attention more evenly than trained ones, which changes which
-blocks are kept, not how many. Dense is our own, the fastest measured (benchmarks.gpu).
+blocks are kept, not how many. Dense is our own, which FlashAttention-3 beats by 10 to 18%: see the README.
 """
 
 import time
@@ -18,6 +18,7 @@ import typer
 from flax import nnx
 
 from adaspa_jax import SparseConfig, SparseState, StepKind, adaspa_attention
+from adaspa_jax.config import PRESETS
 from adaspa_jax.search import select_blocks
 from benchmarks.full_size import LATENTS, TEXT, create, operands, program
 from benchmarks.measure import device, seconds
@@ -77,38 +78,54 @@ def account(split: dict[str, float], config: SparseConfig, layers: int, total: f
     return [{"part": name, "seconds": s, "percent": 100 * s / total} for name, s in parts.items()]
 
 
+def compared(
+    model: HunyuanVideoTransformer, config: SparseConfig, name: str, dense: dict[str, Any], layers: int
+) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """(the run of a preset with its ratios to the run `dense`, where its time goes and what a layer takes)."""
+    split = attention_split(model, config)
+    print({kind: f"{1e3 * s:.2f} ms" for kind, s in split.items()}, flush=True)
+    run = sample(model, config, dense=False)
+    dense_attention = config.steps * layers * split["dense"]
+    own = layers * sum(split[StepKind(kind).name.lower()] for kind in config.step_kinds())
+    ratios = {
+        "preset": name,
+        "sparsity": config.sparsity,
+        "compensation": config.compensation,
+        "search_steps": list(config.search),
+        "sampler_speedup": dense["seconds"] / run["seconds"],
+        "attention_speedup": dense_attention / own,
+        "attention_percent_of_dense_run": 100 * dense_attention / dense["seconds"],
+    }
+    print(ratios, flush=True)
+    parts = account(split, config, layers, run["seconds"])
+    show(f"{name}: where {run['seconds']:.1f} s go", parts)
+    rows = [*parts, *({"one layer": kind, "ms": 1e3 * s} for kind, s in split.items())]
+    return run | ratios, [{"preset": name} | row for row in rows]
+
+
 def main(
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     layers: Annotated[tuple[int, int], typer.Option(help="dual-stream and single-stream layers")] = (2, 4),
     block_size: Annotated[int, typer.Option(help="tokens of a block")] = 128,
+    query_block_size: Annotated[int | None, typer.Option(help="tokens of a block of rows; default: the same")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
+    preset: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PRESETS)}; repeatable")] = None,
+    compensation: Annotated[str | None, typer.Option(help="none or pooled; default: the preset's")] = None,
 ) -> None:
-    """Samples dense and with AdaSpa, and says where the time goes."""
+    """Samples dense and with each preset, by default balanced, and says where the time goes."""
     if jax.default_backend() != "gpu":
         raise ValueError("no GPU here: run on a GPU machine")
-    config = SparseConfig(block_size=block_size, steps=steps)
+    changes: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size, "steps": steps}
+    changes |= {} if compensation is None else {"compensation": compensation}
+    configs = {name: SparseConfig.preset(name, **changes) for name in preset or ["balanced"]}
     model = nnx.jit(lambda: create(layers))()
-    split = attention_split(model, config)
-    print({name: f"{1e3 * s:.2f} ms" for name, s in split.items()}, flush=True)
-    runs = []
-    for dense in (False, True):
-        runs.append(sample(model, config, dense))
-        print(runs[-1], flush=True)
-    sparse, dense_run = runs
-    count = sum(layers)
-    dense_attention = steps * count * split["dense"]
-    ratios = {
-        "sampler_speedup": dense_run["seconds"] / sparse["seconds"],
-        "attention_speedup": dense_attention
-        / sum(count * split[StepKind(kind).name.lower()] for kind in config.step_kinds()),
-        "attention_percent_of_dense_run": 100 * dense_attention / dense_run["seconds"],
-    }
-    parts = account(split, config, count, sparse["seconds"])
-    facts = device() | {"layers": list(layers), "block": block_size, "steps": steps, "sparsity": config.sparsity}
-    show(f"{facts}: AdaSpa run", parts)
-    print(ratios)
-    layer_rows = [{"one layer": name, "ms": 1e3 * s} for name, s in split.items()]
-    write_json(json, [facts, ratios, *runs, *parts, *layer_rows])
+    dense = sample(model, next(iter(configs.values())), dense=True)
+    print(dense, flush=True)
+    rows: list[dict[str, Any]] = [device() | {"layers": list(layers)} | changes, dense]
+    for name, config in configs.items():
+        run, details = compared(model, config, name, dense, sum(layers))
+        rows += [run, *details]
+        write_json(json, rows)
 
 
 if __name__ == "__main__":
