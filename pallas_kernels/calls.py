@@ -153,12 +153,16 @@ class PooledCall:
         """What decides who can serve it."""
         return Request("pooled_attention", self.q.dtype, self.q.shape[3], self.block_q, interpret=self.interpret)
 
+    @property
+    def hidden(self) -> Array:
+        """bool [B, H, nq, nk]: keys that a query block does not see."""
+        return unpack_bits(self.kept, self.k.shape[2]) | jnp.isneginf(self.bias)[:, :, None]
+
     def pair_bias(self, rows: int, keys: int, unit: float) -> Array:
         """float32 [B, H, rows, keys]: `unit` times the bias of a key for a query block, MASKED where it sees none.
 
         `rows` and `keys` are nq and nk or, padded, more.
         """
         nq, nk = self.kept.shape[2], self.k.shape[2]
-        hidden = unpack_bits(self.kept, nk) | jnp.isneginf(self.bias)[:, :, None]
-        bias = jnp.where(hidden, jnp.float32(MASKED), self.bias[:, :, None] * jnp.float32(unit))
+        bias = jnp.where(self.hidden, jnp.float32(MASKED), self.bias[:, :, None] * jnp.float32(unit))
         return jnp.pad(bias, ((0, 0), (0, 0), (0, rows - nq), (0, keys - nk)), constant_values=MASKED)

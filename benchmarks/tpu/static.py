@@ -269,7 +269,7 @@ def _hbm_ms(case: Case, chip: Chip, rows: float) -> float:
 def _schedule(case: Case) -> Path:
     names = {"splash": "splash", "flash": "flash", "matmul": "matmul", "select": "-sort-"}
     # Of the two kernels of a call the one with a shift, which runs unless the shift is far off.
-    names |= dict.fromkeys(("dense", "block_sparse", "gathered"), "adaspa_shifted")
+    names |= dict.fromkeys(("dense", "block_sparse", "gathered", "pooled"), "adaspa_shifted")
     found = schedules(Path(_DUMP.name), names.get(case.kernel, "adaspa"))
     return max(found, key=lambda path: path.stat().st_size)
 

@@ -13,7 +13,7 @@ from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
-POOLED_ROWS = 512
+POOLED_ROWS = 2048
 """Of a step over pooled keys, several query blocks: for so few keys a step's beginning and end would cost the most."""
 MOST_SHIFT = 40.0
 """Nats: dense attention takes a bound on its scores as their shift up to this. A row's largest score is rarely below 0,
@@ -54,6 +54,11 @@ def _shifted(run: Callable[..., tuple[Array, Array]], shift: Array, seen: Array)
     return out, jnp.where(seen, lse, -jnp.inf)
 
 
+def _bounded(run: Callable[..., tuple[Array, Array]], bound: Array, seen: Array) -> tuple[Array, Array]:
+    """`run` with the bound on its scores as their shift, if that is near enough for most of what they can be."""
+    return lax.cond(bound.max() <= MOST_SHIFT, lambda: _shifted(run, bound, seen), run)
+
+
 def _bound(q: Array, k: Array, scale: float) -> Array:
     """float32 [B, H, Nq]: no score of a row is larger (Cauchy-Schwarz)."""
     norm = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
@@ -78,8 +83,7 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     seen = jnp.broadcast_to(some[:, None, None], q.shape[:3])
     if call.shift is not None:
         return _shifted(run, call.shift, seen)
-    bound = _bound(q, call.k, call.scale)
-    return lax.cond(bound.max() <= MOST_SHIFT, lambda: _shifted(run, bound, seen), run)
+    return _bounded(run, _bound(q, call.k, call.scale), seen)
 
 
 def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
@@ -111,12 +115,16 @@ def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None)
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
     tiles = k.shape[2] // tile
     # The kernel adds the bias to scores that it then scales.
-    together = POOLED_ROWS // call.block_q
+    together = min(POOLED_ROWS // call.block_q, call.kept.shape[2])
     rows, query_blocks = together * call.block_q, together * block_count(call.kept.shape[2], together)
     bias = call.pair_bias(query_blocks, (tiles + 1) * tile, 1 / call.scale)
     bias = merge_heads(bias).reshape(-1, bias.shape[2], tiles + 1, tile)
     order = jnp.broadcast_to(tile * numbers(tiles, 4), (q.shape[0], 1, 1, tiles))
     lists = order, jnp.full(order.shape, True), jnp.full(order.shape, False)
     resident = _resident(k, rows, tile, tuning)
-    options = {"rows": rows, "tile": tile, "scale": call.scale}
-    return _attention(q, k, v, lists, bias, resident, tuning=tuning, interpret=call.interpret, **options)
+    options: dict[str, Any] = {"rows": rows, "tile": tile, "scale": call.scale}
+    options |= {"tuning": tuning, "interpret": call.interpret}
+    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    largest = call.bias.max(-1, keepdims=True)
+    bound = _bound(q, call.k, call.scale) + jnp.maximum(largest, 0)
+    return _bounded(run, bound, expand_blocks(~call.hidden.all(-1), call.block_q, q.shape[2], 2))
