@@ -195,10 +195,15 @@ def resident_bytes(keys: int, rows: int, dim: int, itemsize: int, tile: int, tun
     return heads + bias + state + 4 * rows * lanes * itemsize + (rows * 6 << 10)
 
 
+def packed(k: Array, v: Array, tile: int) -> Array:
+    """[B*H, tiles, 2, tile, D] of K and V [B*H, Nk, D]: a tile of both is one copy."""
+    programs, _, dim = k.shape
+    return jnp.stack([x.reshape(programs, -1, tile, dim) for x in (k, v)], 2)
+
+
 def attention(
     q: Array,
-    k: Array,
-    v: Array,
+    kv: tuple[Array, ...],
     table: Array,
     bias: Array,
     shift: Array | None = None,
@@ -207,7 +212,6 @@ def attention(
     tile: int,
     heads: int,
     scale: float,
-    resident: bool,
     vmem_bytes: int,
     tuning: TpuAttentionTuning,
     interpret: Any,
@@ -216,8 +220,8 @@ def attention(
 
     Args:
       q: [B*H, Nq, D]; rows of the last block past its end are never written.
-      k: [B*H, Nk, D], Nk a multiple of `tile`.
-      v: as k.
+      kv: K and V, [B*H, Nk, D] each, Nk a multiple of `tile`, to lie in VMEM, a head at a time; or what `packed` makes
+        of them, to be gathered from HBM.
       table: int32 [B*H or B, blocks of Nq or 1, L] of lists. Each says where its tiles begin among the entries, how
         many pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
         alone. Then come the entries, the first key of a tile, plus DROPPED if it does not count; `tuning.slack` or more
@@ -230,7 +234,6 @@ def attention(
       tile: keys of a tile.
       heads: H.
       scale: of the scores, for exp.
-      resident: keep K and V of a head in VMEM.
       vmem_bytes: limit for the compiler.
       tuning: groups.
       interpret: passed to pallas_call.
@@ -238,7 +241,7 @@ def attention(
     Returns:
       out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq], NaN for a row too far from its shift, whose out is wrong.
     """
-    (programs, queries, dim), keys = q.shape, k.shape[1]
+    (programs, queries, dim), resident = q.shape, len(kv) == 2
     blocks = block_count(queries, rows)
     shared = table.shape[0] != programs or table.shape[1] != blocks
     lists = (lambda h, i: (lax.div(h, np.int32(heads)), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
@@ -251,13 +254,12 @@ def attention(
     ]
     scratch = _scratch(rows, dim, width)
     scratch += [pltpu.VMEM((rows, tuning.group * tile), jnp.float32)] * 2
+    operands += kv
     if resident:
-        operands += [k, v]
-        specs += [pl.BlockSpec((None, keys, dim), lambda h, i: (h, 0, 0), **once())] * 2
+        specs += [pl.BlockSpec((None, kv[0].shape[1], dim), lambda h, i: (h, 0, 0), **once())] * 2
     else:
-        operands.append(jnp.stack([x.reshape(programs, -1, tile, dim) for x in (k, v)], 2))
         specs.append(pl.BlockSpec(memory_space=pl.ANY))
-        scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), k.dtype), pltpu.SemaphoreType.DMA((2,))]
+        scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), q.dtype), pltpu.SemaphoreType.DMA((2,))]
     operands.append(bias)
     if bias.ndim == 3:
         of_batch = lambda h, i: (lax.div(h, np.int32(heads)), 0, 0)

@@ -8,7 +8,7 @@ from jax import Array, lax
 
 from pallas_kernels.blocks import block_count, expand_blocks, lookup, merge_heads, numbers, pad_tokens, partial_first
 from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
-from pallas_kernels.mosaic_tpu.attention import attention, resident_bytes
+from pallas_kernels.mosaic_tpu.attention import attention, packed, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
@@ -29,25 +29,29 @@ def _resident(k: Array, rows: int, tile: int, tuning: TpuAttentionTuning) -> boo
     return resident_bytes(k.shape[2], rows, k.shape[3], k.dtype.itemsize, tile, tuning) <= chip().vmem_bytes
 
 
-def _attention(
+def _kernel(
     q: Array, k: Array, v: Array, tiles: tuple[Array, Array, Array], bias: Array, resident: bool, **options: Any
-) -> tuple[Array, Array]:
-    """Runs the kernel on [B, H, N, D] arrays, K and V padded to tiles.
+) -> Callable[..., tuple[Array, Array]]:
+    """The kernel on [B, H, N, D] arrays, K and V padded to tiles: a function of the shift [B, H, Nq], or of nothing.
 
     `tiles`, each [B, H or 1, Nq / rows or 1, tiles]: first keys, whether a list has the tile, whether it is whole.
-    `options` may hold a shift [B, H, Nq].
     """
-    table = tile_lists(*tiles, options["tuning"], resident)
-    options |= {"heads": q.shape[1], "resident": resident, "vmem_bytes": chip().vmem_bytes}
-    if (shift := options.pop("shift", None)) is not None:
-        options["shift"] = merge_heads(shift)
-    out, lse = attention(merge_heads(q), merge_heads(k), merge_heads(v), merge_heads(table), bias, **options)
-    return out.reshape(q.shape), lse.reshape(q.shape[:3])
+    table = merge_heads(tile_lists(*tiles, options["tuning"], resident))
+    options |= {"heads": q.shape[1], "vmem_bytes": chip().vmem_bytes}
+    keys, values = merge_heads(k), merge_heads(v)
+    kv = (keys, values) if resident else (packed(keys, values, options["tile"]),)
+
+    def run(shift: Array | None = None) -> tuple[Array, Array]:
+        near = None if shift is None else merge_heads(shift)
+        out, lse = attention(merge_heads(q), kv, table, bias, near, **options)
+        return out.reshape(q.shape), lse.reshape(q.shape[:3])
+
+    return run
 
 
 def _shifted(run: Callable[..., tuple[Array, Array]], shift: Array, seen: Array) -> tuple[Array, Array]:
     """`run` with a shift, and once more without where that is too far off for a row that has keys, bool `seen`."""
-    out, lse = run(shift=shift)
+    out, lse = run(shift)
     lost = (jnp.isnan(lse) & seen).any()
     # A loop of no turn or one: its carry stays where it is, what a cond returns would be copied.
     out, lse = lax.fori_loop(jnp.int32(0), lost.astype(jnp.int32), lambda *_: run(), (out, lse))
@@ -78,7 +82,7 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
     options: dict[str, Any] = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
     options |= {"tuning": tuning, "interpret": call.interpret}
-    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    run = _kernel(q, k, v, lists, bias, resident, **options)
     some = jnp.full(batch, True) if call.block_valid is None else (call.block_valid > 0).any(1)
     seen = jnp.broadcast_to(some[:, None, None], q.shape[:3])
     if call.shift is not None:
@@ -98,7 +102,7 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     resident = _resident(k, call.block_q, tile, tuning)
     options: dict[str, Any] = {"rows": call.block_q, "tile": tile, "scale": call.scale}
     options |= {"tuning": tuning, "interpret": call.interpret}
-    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    run = _kernel(q, k, v, lists, bias, resident, **options)
     if call.shift is None:
         return run()
     some = used
@@ -124,7 +128,7 @@ def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None)
     resident = _resident(k, rows, tile, tuning)
     options: dict[str, Any] = {"rows": rows, "tile": tile, "scale": call.scale}
     options |= {"tuning": tuning, "interpret": call.interpret}
-    run = lambda **shift: _attention(q, k, v, lists, bias, resident, **options, **shift)
+    run = _kernel(q, k, v, lists, bias, resident, **options)
     largest = call.bias.max(-1, keepdims=True)
     bound = _bound(q, call.k, call.scale) + jnp.maximum(largest, 0)
     return _bounded(run, bound, expand_blocks(~call.hidden.all(-1), call.block_q, q.shape[2], 2))

@@ -57,8 +57,9 @@ def test_what_compiles_fits(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         assert 0 < row["vmem_bytes"] <= VMEM[row["chip"]], row
         assert row["smem_bytes"] < 1 << 20, row
-        # Copies of the operands and values of a block pair: one head's N x N scores in bfloat16 would be 28 GB or more.
-        assert row["hbm_temp_bytes"] < 8e9, row
+        # Copies of the operands, values of a block pair, the result once more while a shift may prove to be far off.
+        # Scores of a block row of all heads, or N x N of one in bfloat16, would be 28 GB or more.
+        assert row["hbm_temp_bytes"] < 14e9, row
 
 
 @whole
