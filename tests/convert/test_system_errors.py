@@ -1,6 +1,7 @@
 """Errors of the system while converting: one line, exit code 2, nothing half-written, no words of a library."""
 
 import errno
+import gc
 import json
 import os
 import shutil
@@ -90,6 +91,8 @@ def test_files_have_the_mode_of_the_umask(tmp_path: Path) -> None:
         assert stat.S_IMODE(path.stat().st_mode) == (0o750 if path.is_dir() else 0o640), path
 
 
+# orbax leaves the reads of the other arrays half done; what they raise when they are collected is nobody's.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("change", ["delete", "halve"])
 def test_a_damaged_conversion_is_one_line(
     change: str, tmp_path: Path, capfd: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
@@ -102,6 +105,7 @@ def test_a_damaged_conversion_is_one_line(
         with pytest.raises(CheckpointError, match=r"out/weights cannot be read \([^\n]{1,300}\); convert it again$"):
             models.from_pretrained(tmp_path / "out")
         file.write_bytes(content)
+    gc.collect()  # in this test, not in one after it
     assert capfd.readouterr().err == ""
     assert np.isfinite(models.from_pretrained(tmp_path / "out").proj_out.kernel[...]).all()
 
