@@ -30,14 +30,20 @@ def _resident(k: Array, rows: int, tile: int, tuning: TpuAttentionTuning) -> boo
 
 
 def _kernel(
-    q: Array, k: Array, v: Array, tiles: tuple[Array, Array, Array], bias: Array, resident: bool, **options: Any
+    call: DenseCall | SparseCall | PooledCall,
+    k: Array,
+    v: Array,
+    tiles: tuple[Array, Array, Array],
+    bias: Array,
+    resident: bool,
+    **options: Any,
 ) -> Callable[..., tuple[Array, Array]]:
-    """The kernel on [B, H, N, D] arrays, K and V padded to tiles: a function of the shift [B, H, Nq], or of nothing.
+    """The kernel of a call, K and V padded to tiles: a function of the shift [B, H, Nq], or of nothing.
 
     `tiles`, each [B, H or 1, Nq / rows or 1, tiles]: first keys, whether a list has the tile, whether it is whole.
     """
-    table = merge_heads(tile_lists(*tiles, options["tuning"], resident))
-    options |= {"heads": q.shape[1], "vmem_bytes": chip().vmem_bytes}
+    q, table = call.q, merge_heads(tile_lists(*tiles, options["tuning"], resident))
+    options |= {"heads": q.shape[1], "vmem_bytes": chip().vmem_bytes, "scale": call.scale, "interpret": call.interpret}
     keys, values = merge_heads(k), merge_heads(v)
     kv = (keys, values) if resident else (packed(keys, values, options["tile"]),)
 
@@ -80,9 +86,8 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     indices = jnp.broadcast_to(numbers(tiles, 2), (batch, tiles))
     order = partial_first(indices, jnp.full(batch, tiles, jnp.int32), ~whole)[:, None, None]
     lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
-    options: dict[str, Any] = {"rows": tile if resident else GATHERED_ROWS, "tile": tile, "scale": call.scale}
-    options |= {"tuning": tuning, "interpret": call.interpret}
-    run = _kernel(q, k, v, lists, bias, resident, **options)
+    rows = tile if resident else GATHERED_ROWS
+    run = _kernel(call, k, v, lists, bias, resident, rows=rows, tile=tile, tuning=tuning)
     some = jnp.full(batch, True) if call.block_valid is None else (call.block_valid > 0).any(1)
     seen = jnp.broadcast_to(some[:, None, None], q.shape[:3])
     if call.shift is not None:
@@ -100,9 +105,7 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
     resident = _resident(k, call.block_q, tile, tuning)
-    options: dict[str, Any] = {"rows": call.block_q, "tile": tile, "scale": call.scale}
-    options |= {"tuning": tuning, "interpret": call.interpret}
-    run = _kernel(q, k, v, lists, bias, resident, **options)
+    run = _kernel(call, k, v, lists, bias, resident, rows=call.block_q, tile=tile, tuning=tuning)
     if call.shift is None:
         return run()
     some = used
@@ -126,9 +129,7 @@ def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None)
     order = jnp.broadcast_to(tile * numbers(tiles, 4), (q.shape[0], 1, 1, tiles))
     lists = order, jnp.full(order.shape, True), jnp.full(order.shape, False)
     resident = _resident(k, rows, tile, tuning)
-    options: dict[str, Any] = {"rows": rows, "tile": tile, "scale": call.scale}
-    options |= {"tuning": tuning, "interpret": call.interpret}
-    run = _kernel(q, k, v, lists, bias, resident, **options)
+    run = _kernel(call, k, v, lists, bias, resident, rows=rows, tile=tile, tuning=tuning)
     largest = call.bias.max(-1, keepdims=True)
     bound = _bound(q, call.k, call.scale) + jnp.maximum(largest, 0)
     return _bounded(run, bound, expand_blocks(~call.hidden.all(-1), call.block_q, q.shape[2], 2))
