@@ -7,6 +7,7 @@ of as many steps can be measured. `attention` is the work of all steps in units 
 prompts, from the same noise.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -44,10 +45,10 @@ def main(
     run = lambda config, dense: pipeline.sample(given, config, dense=dense, program=programs[dense])
     rows: list[dict[str, Any]] = []
     for steps in track(SCHEDULES, "sampling"):
-        config = SparseConfig(sparsity=sparsity, compensation=base.compensation, steps=steps)
+        config = dataclasses.replace(base, steps=steps)
         dense = run(config, True)
         for search in SCHEDULES[steps]:
-            own = SparseConfig(sparsity=sparsity, compensation=base.compensation, steps=steps, search_steps=search)
+            own = dataclasses.replace(config, search_steps=search)
             sparse = run(own, False)
             videos = [np.clip(x.latents, -1, 1) for x in (sparse, dense)]
             row = {"steps": steps, "search_steps": list(search)}

@@ -17,7 +17,7 @@ import typer
 from flax import nnx
 from jax import Array, lax
 
-from adaspa_jax import SparseConfig, StepKind
+from adaspa_jax import SparseConfig, SparseState, StepKind
 from benchmarks.quality import MODELS, model_of
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
@@ -34,6 +34,7 @@ def probe(pipeline: HunyuanVideoPipeline, prompts: list[str], config: SparseConf
     graph, weights = nnx.split(video.experts[0])
     text = plan.given["prompt_embeds"].shape[1]
     noise = jnp.asarray(initial_noise(plan.shape, how["seed"], None))
+    is_state = lambda x: isinstance(x, SparseState)
     options = {"config": config, "implementation": how["implementation"], "step_kind": StepKind.FUSED_SEARCH}
 
     @jax.jit
@@ -46,7 +47,7 @@ def probe(pipeline: HunyuanVideoPipeline, prompts: list[str], config: SparseConf
             x = plan.scheduler.latents(solver)
             v, state = predict(model, video.family, x, row["timestep"], given, plan.scale, state=state, **options)
             v = v.astype(jnp.float32)
-            recall = jnp.mean(jnp.concatenate([s.recall for s in jax.tree.leaves(state, is_leaf=_is_state)]))
+            recall = jnp.mean(jnp.concatenate([s.recall for s in jax.tree.leaves(state, is_leaf=is_state)]))
             change = jnp.abs(v - before).mean() / jnp.abs(before).mean()
             return (plan.scheduler.step(solver, v, row), state, v), (recall, change)
 
@@ -59,10 +60,6 @@ def probe(pipeline: HunyuanVideoPipeline, prompts: list[str], config: SparseConf
         {"step": step, "recall": float(r), "velocity_change": float(c) if step > 1 else float("nan")}
         for step, r, c in zip(steps, recall, change, strict=True)
     ]
-
-
-def _is_state(x: Any) -> bool:
-    return hasattr(x, "recall")
 
 
 def main(

@@ -170,12 +170,12 @@ class Bench:
 
     def row(self, name: str, config: SparseConfig, dense: np.ndarray) -> dict[str, Any]:
         """What a variant reaches against the videos `dense`; lists by video under "of_video"."""
-        run, layout = self.run(config), self.layout(config)
+        run = self.run(config)
         videos, (report,) = figures(run.latents, dense), run.reports
         return {
             "variant": name,
-            "work": work(config, layout),
-            "density": config.budget(layout).base / layout.num_blocks,
+            "work": work(config, run.layout),
+            "density": config.budget(run.layout).base / run.layout.num_blocks,
             **{key: float(np.mean(values)) for key, values in videos.items()},
             "recall": report.recall,
             "stand_ins": report.stand_ins,
@@ -185,9 +185,10 @@ class Bench:
 
 def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> Iterator[tuple[str, SparseConfig]]:
     """(variant, configuration) of every level that a variant can work at, the least work first."""
+    layouts = {name: bench.layout(config) for name, config in chosen.items()}
     for most in levels:
         for name, config in chosen.items():
-            found = at_work(config, bench.layout(config), most)
+            found = at_work(config, layouts[name], most)
             if found is not None:
                 yield name, found
 
@@ -195,7 +196,8 @@ def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> 
 def default_levels(bench: Bench, steps: int) -> list[float]:
     """The work of "none" at each of LEVELS."""
     none = variants(steps)["none"]
-    return [work(dataclasses.replace(none, sparsity=s), bench.layout(none)) for s in LEVELS]
+    layout = bench.layout(none)
+    return [work(dataclasses.replace(none, sparsity=s), layout) for s in LEVELS]
 
 
 def add_gains(rows: list[dict[str, Any]], levels: list[float]) -> None:
@@ -246,10 +248,14 @@ def _row(job: tuple[str, SparseConfig]) -> dict[str, Any]:
 
 
 def measure(
-    name: str, make: Callable[[], Bench], chosen: dict[str, SparseConfig], levels: list[float], processes: int
+    name: str,
+    bench: Bench,
+    make: Callable[[], Bench],
+    chosen: dict[str, SparseConfig],
+    levels: list[float],
+    processes: int,
 ) -> Iterator[dict[str, Any]]:
-    """The rows of one model, as they are done."""
-    bench = make()
+    """The rows of one model, as they are done; `make` is for the processes, which make a `bench` each."""
     dense = bench.run(next(iter(chosen.values())), dense=True).latents
     todo = list(jobs(bench, chosen, levels))
     with ExitStack() as stack:
@@ -296,8 +302,9 @@ def main(
     rows: list[dict[str, Any]] = []
     for name, found in models.items():
         make = functools.partial(load, found, dtype, prompts, seeds, kernels)
-        levels, own = work_ or default_levels(make(), steps), []
-        for row in measure(name, make, chosen, levels, processes):
+        bench, own = make(), []
+        levels = work_ or default_levels(bench, steps)
+        for row in measure(name, bench, make, chosen, levels, processes):
             own.append(row)
             add_gains(own, levels)
             write_json(json, rows + own)
