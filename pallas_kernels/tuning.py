@@ -77,14 +77,9 @@ class TpuAttentionTuning:
     group: int
     """Tiles of one softmax step."""
     unroll: int
-    """Softmax steps of one turn of the loop, an even number."""
+    """Softmax steps of one turn of the loop over whole tiles: 2, 4 or 8."""
     resident: bool | None = None
     """Keep K and V of a head in VMEM; None: if they fit the chip."""
-
-    @property
-    def slack(self) -> int:
-        """Readable entries past the end of a list: the gathered kernel starts a turn of two groups ahead."""
-        return max(4, self.unroll) * self.group
 
 
 def tpu_pooled_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
@@ -104,4 +99,4 @@ def tpu_attention_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5)
     group = keys // tile
     while group > 2 and 2 * group > tiles:
         group //= 2
-    return TpuAttentionTuning(group=group, unroll=4 if narrow and tiles >= 4 * group else 2)
+    return TpuAttentionTuning(group=group, unroll=8 if narrow and tiles >= 4 * group else 2)

@@ -56,7 +56,7 @@ from models.commands.cli import run_cli
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.blocks import block_count
 from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
-from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, POOLED_ROWS
+from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, POOLED_ROWS, query_blocks
 from pallas_kernels.mosaic_tpu.chip import chip as tpu_chip
 from pallas_kernels.mosaic_tpu.mass import mass_tile
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
@@ -274,21 +274,41 @@ def _schedule(case: Case) -> Path:
     return max(found, key=lambda path: path.stat().st_size)
 
 
-def _all_in(case: Case, schedule: Path, generation: int, turn: float) -> tuple[float, float]:
+def _all_in(case: Case, schedule: Path, generation: int, turn: float, mesh: Mesh) -> tuple[float, float]:
     """(masked, all_in) cycles a block of an attention kernel; `turn` blocks a turn of its main loop."""
     found = loops(schedule)
     inner = sorted((loop for loop in found if loop.innermost), key=lambda loop: loop.matmuls)
     (outer,) = (loop for loop in found if not loop.innermost)
     tile, listed, tuning = _tuning(case, generation)
-    turn_tiles = 2 * tuning.group if len(inner) == 1 else tuning.unroll * tuning.group
-    pooled = case.kernel == "pooled"  # every tile has a bias
+    gathered = len(inner) == 1
+    turn_tiles = (2 if gathered else tuning.unroll) * tuning.group
+    pooled = case.kernel == "pooled"  # every tile has a bias, and a program one list
     tiles = listed if pooled else round(block_count(case.tokens, tile) * case.kept)
-    turns = 0 if len(inner) == 1 or pooled else (tiles - 1) // turn_tiles
-    pairs = block_count(tiles - turns * turn_tiles, 2 * tuning.group)
+    lists = 1 if pooled or gathered else _lists(case, mesh)
+    groups = lists * block_count(tiles, tuning.group)
+    masked = groups if pooled or gathered else lists
+    turns = (groups - masked) // tuning.unroll
+    pairs = block_count(groups - turns * tuning.unroll, 2)
     # The turn in the middle of the outer loop runs one pair of groups.
     cycles = turns * inner[-1].cycles + pairs * inner[0].cycles + outer.cycles - inner[0].cycles
     blocks = turn / turn_tiles  # of a tile
-    return inner[0].cycles / (2 * tuning.group * blocks), cycles / (tiles * blocks)
+    return inner[0].cycles / (2 * tuning.group * blocks), cycles / (lists * tiles * blocks)
+
+
+def _lists(case: Case, mesh: Mesh) -> int:
+    """Query blocks of a program of a kernel that keeps K and V in VMEM."""
+    tile, _, tuning = _tuning(case, generation_of(mesh))
+    rows = 128 if case.kernel == "dense" else case.block
+    keys = tile * block_count(case.tokens, tile)
+    k = jax.ShapeDtypeStruct((1, 1, keys, case.head_dim), jnp.dtype(case.dtype))
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return query_blocks(k, rows, block_count(case.tokens, rows), tile, tuning)
+
+
+def generation_of(mesh: Mesh) -> int:
+    """Of the chip of a mesh."""
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        return tpu_chip().generation
 
 
 def compile_case(case: Case, chip: str) -> dict[str, Any]:
@@ -297,8 +317,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
         path.unlink()
     attention = case.kernel in ("dense", "block_sparse", "gathered", "pooled")
     mesh = chip_mesh(chip)
-    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        generation = tpu_chip().generation
+    generation = generation_of(mesh)
     if case.kernel == "select":
         function, shapes, turn = _select(case)
     else:
@@ -314,7 +333,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     candidates = [loop for loop in loops(schedule) if loop.innermost or case.kernel == "block_mass"]
     main = max(candidates, key=lambda loop: loop.matmuls)
     cycles = (total_cycles(schedule) if case.kernel == "select" else main.cycles) / turn
-    masked, all_in = _all_in(case, schedule, generation, turn) if attention else (cycles, cycles)
+    masked, all_in = _all_in(case, schedule, generation, turn, mesh) if attention else (cycles, cycles)
     cycles = masked if case.kernel == "pooled" else cycles
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)

@@ -2,8 +2,9 @@
 
 K and V of a head stay in VMEM where they fit and are gathered tile by tile from HBM where they do not. A softmax step
 takes a group of tiles, its scores are multiplied while the group before goes through its softmax, and the running
-maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. Scores of a tile that is not
-whole get a bias row as they are written; in VMEM the whole tiles that a list ends with go without, turn by turn.
+maximum, the row sums and the accumulator live in VMEM: a loop carry would be copied. A program has several query
+blocks, whose groups follow one another without a break: first those with tiles that are not whole, whose scores get a
+bias row as they are read, then, turn by turn, those without.
 
 Where a number near each row's maximum is known beforehand, its shift, nothing is compared and nothing rescaled. A row
 whose sum then leaves the range that float32 holds well gets LSE NaN, for the caller to compute it another way.
@@ -24,11 +25,15 @@ from pallas_kernels.blocks import FLOOR, LOG2E, block_count
 from pallas_kernels.tuning import TpuAttentionTuning
 
 _LANES = 128
-HEADER = 3
-"""Entries of a list before its tiles: where it begins, its pairs of groups, and the turns of whole tiles after them."""
+HEADER = 2
+"""Numbers of a program's table before its slots: its pairs of groups, and the turns of whole tiles after them."""
+ENTRY_BITS = 20
+"""Of a slot, that say where in the table the entries of its group are; the bits above say of which query block."""
 SHIFT_RANGE = 2.0**64
 """Sums of exp(score - shift) between this and its inverse are good: terms of 2**-62 of the sum are still normal float32
 numbers, and 2**64 leaves room for products with values and their sum over keys."""
+_SEEKING_BYTES = 2 << 20
+"""Of VMEM, that the resident kernel spills into if it seeks maxima in four groups of tiles at a time."""
 DROPPED = 1 << 30
 """Added to the entry of a tile that is read but does not count: its bias is the row past the last."""
 
@@ -40,64 +45,65 @@ def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
-def _start(table: Any, position: Any, tile: int) -> Any:
-    """First key of the tile at `position` of a list."""
-    return pl.multiple_of(table[0, HEADER + position] & (DROPPED - 1), tile)
-
-
 class _Softmax:
-    """The online softmax of one query block, its state in VMEM; with a shift [1, rows] in place of the maximum."""
+    """The online softmax of a program's query blocks, its state in VMEM; with a shift in place of the maximum.
+
+    Refs hold the blocks one below the other: m [blocks * rows, 1], total [blocks * rows, keys of a tile], acc
+    [blocks * rows, D]. The shift is [blocks, rows].
+    """
 
     def __init__(self, scratch: tuple[Any, ...], bias: Any, table: Any, shift: Any, tile: int, scale: float):
         self.m, self.total, self.acc = scratch
         self.bias, self.table, self.tile, self.scale, self.shifted = bias, table, tile, scale, shift is not None
         if self.shifted:
-            row = shift[...]
-            self.m[...] = jnp.broadcast_to(row, (_LANES, row.shape[1])).T[:, :1]
+            count, rows = shift.shape
+            columns = shift[...].T
+            for i in range(count):
+                self.m[i * rows : (i + 1) * rows] = columns[:, i : i + 1]
         else:
             self.m[...] = jnp.full_like(self.m, FLOOR)
         self.total[...] = jnp.zeros_like(self.total)
         self.acc[...] = jnp.zeros_like(self.acc)
 
-    def _bias(self, position: Any) -> Array:
-        """[1, keys], or [query blocks, 1, keys]."""
-        row = lax.div(self.table[0, HEADER + position], np.int32(self.tile))
+    def _bias(self, entry: Any) -> Array:
+        """[1, keys], or [query blocks, 1, keys], of the tile at `entry` of the table."""
+        row = lax.div(self.table[0, entry], np.int32(self.tile))
         return self.bias[..., pl.ds(jnp.minimum(row, self.bias.shape[-2] - 1), 1), :]
 
-    def mask(self, scores: Any, products: Any, position: Any) -> None:
-        """Writes `products` [rows, keys] of the group of tiles at `position` to `scores`, plus bias."""
-        width = max(self.tile, _LANES)
-        for i in range(0, scores.shape[1], width):
-            first = position + i // self.tile
-            row = self._bias(first)
-            if self.tile < _LANES:
-                # Two tiles of 64: the bias rows hold theirs twice.
-                left = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) < self.tile
-                row = jnp.where(left, row, self._bias(first + 1))
-            part = products[:, i : i + width]
-            by_block = part if row.ndim == 2 else part.reshape(row.shape[0], -1, width)
-            scores[:, i : i + width] = (by_block + row).reshape(part.shape)
+    def biased(self, part: Array, first: Any) -> Array:
+        """Scores `part` [rows, keys] of one tile, or of two of 64 keys, plus bias."""
+        row = self._bias(first)
+        if self.tile < _LANES:
+            # Two tiles of 64: the bias rows hold theirs twice.
+            left = lax.broadcasted_iota(jnp.int32, (1, _LANES), 1) < self.tile
+            row = jnp.where(left, row, self._bias(first + 1))
+        by_block = part if row.ndim == 2 else part.reshape(row.shape[0], -1, part.shape[1])
+        return (by_block + row).reshape(part.shape)
 
-    def step(self, scores: Any, values: Array) -> None:
-        """Takes in a group of tiles: `scores` [rows, keys] in VMEM, `values` [keys, D]."""
+    def step(self, here: Any, scores: Any, values: Array, entry: Any = None) -> None:
+        """Takes in a group of tiles: `scores` [rows, keys] in VMEM of the rows at `here`, `values` [keys, D].
+
+        With their place `entry` in the table where they need bias.
+        """
         width = max(self.tile, _LANES)
+        starts = range(0, scores.shape[1], width)
         part = lambda i: scores[:, i : i + width]
-        parts = range(0, scores.shape[1], width)
-        m, shrink = self.m[...], None
+        score = part if entry is None else lambda i: self.biased(part(i), entry + i // self.tile)
+        m, shrink = self.m[here], None
         if not self.shifted:
-            top = functools.reduce(jnp.maximum, (part(i) for i in parts))
+            top = functools.reduce(jnp.maximum, (score(i) for i in starts))
             before, m = m, jnp.maximum(m, top.max(1, keepdims=True) * self.scale)
-            self.m[...] = m
+            self.m[here] = m
             shrink = jnp.exp2(before - m)
-        p = [jnp.exp2(part(i) * self.scale - m) for i in parts]
+        p = [jnp.exp2(score(i) * self.scale - m) for i in starts]
         dtype = values.dtype
         product = contract(jnp.concatenate([x.astype(dtype) for x in p], 1), values, 0, dtype)
         kept = lambda x: x if shrink is None else x * shrink
-        self.total[...] = kept(self.total[...]) + functools.reduce(jnp.add, p)
-        self.acc[...] = kept(self.acc[...]) + product
+        self.total[here] = kept(self.total[here]) + functools.reduce(jnp.add, p)
+        self.acc[here] = kept(self.acc[here]) + product
 
     def finish(self, out: Any, lse: Any) -> None:
-        """Writes out [rows, D] and lse [1, rows]."""
+        """Writes out [blocks * rows, D] and lse [blocks, rows]."""
         total = self.total[...].sum(1, keepdims=True)
         safe = jnp.where(total > 0, total, 1.0)
         out[...] = (self.acc[...] / safe).astype(out.dtype)
@@ -105,7 +111,8 @@ class _Softmax:
         if self.shifted:
             good = (total >= 1 / SHIFT_RANGE) & (total <= SHIFT_RANGE)
             column = jnp.where(good, column, jnp.nan)
-        lse[...] = jnp.broadcast_to(column, (column.shape[0], _LANES)).T[:1]
+        count, rows = lse.shape
+        lse[...] = jnp.concatenate([column[i * rows : (i + 1) * rows] for i in range(count)], 1).T
 
 
 def _scratch(rows: int, dim: int, width: int) -> list[Any]:
@@ -116,83 +123,124 @@ def _scratch(rows: int, dim: int, width: int) -> list[Any]:
     ]
 
 
+class _Steps:
+    """Where the groups of tiles that a program works through lie: a slot of its table each, whatever list it is of."""
+
+    def __init__(self, table: Any, rows: int, tile: int, group: int):
+        self.table, self.rows, self.tile, self.group = table, rows, tile, group
+        self.pairs, self.turns = table[0, 0], table[0, 1]
+
+    def __call__(self, step: Any) -> tuple[Any, Any]:
+        """Rows of the program, and first entry of the table."""
+        slot = self.table[0, HEADER + step]
+        block = lax.shift_right_logical(slot, np.int32(ENTRY_BITS))
+        return pl.ds(pl.multiple_of(block * self.rows, self.rows), self.rows), slot & ((1 << ENTRY_BITS) - 1)
+
+    def key(self, entry: Any) -> Any:
+        """The first key of a tile."""
+        return pl.multiple_of(self.table[0, entry] & (DROPPED - 1), self.tile)
+
+    def gather(self, ref: Any, entry: Any) -> Array:
+        """Keys or values [keys, D] of a group."""
+        return jnp.concatenate([ref[pl.ds(self.key(entry + i), self.tile), :] for i in range(self.group)], 0)
+
+
 def _resident_kernel(
-    table: Any, q: Any, k: Any, v: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
+    table: Any,
+    q: Any,
+    k: Any,
+    v: Any,
+    bias: Any,
+    *rest: Any,
+    rows: int,
+    tile: int,
+    unroll: int,
+    tuning: TpuAttentionTuning,
+    scale: float,
 ) -> None:
-    """One query block; K and V of the head in VMEM. `rest` begins with the shift, if there is one."""
+    """Some query blocks; K and V of the head in VMEM. `rest` begins with the shift, if there is one.
+
+    A turn of whole tiles is run in parts of `unroll` groups.
+    """
     *shift, out, lse, m, total, acc, even, odd = rest
     softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
-    group, unroll, buffers = tuning.group, tuning.unroll, (even, odd)
-    turn = group * unroll
+    place, buffers = _Steps(table, rows, tile, tuning.group), (even, odd)
 
-    def gather(ref: Any, position: Any) -> Array:
-        return jnp.concatenate([ref[pl.ds(_start(table, position + i, tile), tile), :] for i in range(group)], 0)
-
-    def multiply(position: Any, scores: Any, masked: bool) -> None:
-        products = contract(q[...], gather(k, position), 1, k.dtype)
-        if masked:
-            softmax.mask(scores, products, position)
-        else:
-            scores[...] = products
+    def multiply(step: Any, scores: Any) -> None:
+        here, entry = place(step)
+        scores[...] = contract(q[here, :], place.gather(k, entry), 1, k.dtype)
 
     def steps(first: Any, count: int, masked: bool) -> None:
         for j in range(count):
-            position = first + j * group
-            # The scores of the next group, while this one goes through its softmax.
-            multiply(position + group, buffers[(j + 1) % 2], masked)
-            softmax.step(buffers[j % 2], gather(v, position))
+            # The scores of the next group, of this list or another, while this one goes through its softmax.
+            multiply(first + j + 1, buffers[(j + 1) % 2])
+            here, entry = place(first + j)
+            softmax.step(here, buffers[j % 2], place.gather(v, entry), entry if masked else None)
 
-    first, pairs, turns = table[0, 0], table[0, 1], table[0, 2]
-    multiply(first, even, masked=True)
-    lax.fori_loop(np.int32(0), pairs, lambda i, _: steps(first + i * 2 * group, 2, masked=True), None)
-    first = first + pairs * 2 * group
-    lax.fori_loop(np.int32(0), turns, lambda i, _: steps(first + i * turn, unroll, masked=False), None)
+    multiply(0, even)
+    lax.fori_loop(np.int32(0), place.pairs, lambda i, _: steps(i * 2, 2, masked=True), None)
+    whole = place.pairs * 2
+    turn = lambda i, _: steps(whole + i * unroll, unroll, masked=False)
+    lax.fori_loop(np.int32(0), place.turns * (tuning.unroll // unroll), turn, None)
     softmax.finish(out, lse)
 
 
 def _gathered_kernel(
-    table: Any, q: Any, kv: Any, bias: Any, *rest: Any, tile: int, tuning: TpuAttentionTuning, scale: float
+    table: Any,
+    q: Any,
+    kv: Any,
+    bias: Any,
+    *rest: Any,
+    rows: int,
+    tile: int,
+    tuning: TpuAttentionTuning,
+    scale: float,
 ) -> None:
-    """One query block; its K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
+    """Some query blocks; K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
     *shift, out, lse, m, total, acc, even, odd, ring, arrived = rest
     softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
     head, group = pl.program_id(0), tuning.group
-    turn, first, turns = 2 * group, table[0, 0], table[0, 1]
+    place, halves = _Steps(table, rows, tile, group), [pl.ds(j * group * tile, group * tile) for j in range(2)]
 
-    def start(i: Any, slot: Any) -> None:
-        for j in range(turn):
-            # Past the end of the list this reads one of its tiles once more: cheaper than a branch a tile.
-            which = lax.div(_start(table, first + i * turn + j, tile), np.int32(tile))
-            target = ring.at[slot, :, pl.ds(j * tile, tile)]
-            pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
+    def start(turn: Any, slot: Any) -> None:
+        for j in range(2):
+            # Past the last group this reads a dropped one: cheaper than a branch.
+            _, entry = place(2 * turn + j)
+            for i in range(group):
+                which = lax.div(place.key(entry + i), np.int32(tile))
+                target = ring.at[slot, :, pl.ds((j * group + i) * tile, tile)]
+                pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
 
     def wait(slot: Any) -> None:
         pltpu.make_async_copy(ring.at[slot], ring.at[slot], arrived.at[slot]).wait()
 
-    def take(i: Any, carry: None) -> None:
-        slot = lax.rem(i, np.int32(2))
-        start(i + 1, 1 - slot)
+    def take(turn: Any, carry: None) -> None:
+        slot = lax.rem(turn, np.int32(2))
+        start(turn + 1, 1 - slot)
         wait(slot)
-        halves = [pl.ds(j * group * tile, group * tile) for j in range(2)]
-        for j, (half, scores) in enumerate(zip(halves, (even, odd), strict=True)):
-            softmax.mask(scores, contract(q[...], ring[slot, 0, half, :], 1, kv.dtype), first + i * turn + j * group)
-        for half, scores in zip(halves, (even, odd), strict=True):
-            softmax.step(scores, ring[slot, 1, half, :])
+        groups = [(place(2 * turn + j), halves[j], scores) for j, scores in enumerate((even, odd))]
+        for (here, _), half, scores in groups:
+            scores[...] = contract(q[here, :], ring[slot, 0, half, :], 1, kv.dtype)
+        for (here, entry), half, scores in groups:
+            softmax.step(here, scores, ring[slot, 1, half, :], entry)
 
     start(np.int32(0), np.int32(0))
-    lax.fori_loop(np.int32(0), turns, take, None)
-    wait(lax.rem(turns, np.int32(2)))
+    lax.fori_loop(np.int32(0), place.pairs, take, None)
+    wait(lax.rem(place.pairs, np.int32(2)))
     softmax.finish(out, lse)
 
 
-def resident_bytes(keys: int, rows: int, dim: int, itemsize: int, tile: int, tuning: TpuAttentionTuning) -> int:
+def resident_bytes(
+    keys: int, rows: int, together: int, dim: int, itemsize: int, tile: int, tuning: TpuAttentionTuning
+) -> int:
     """VMEM that the resident kernel needs, in bytes; rows of fewer than 128 lanes are padded to them."""
-    lanes = max(dim, _LANES)
+    lanes, width = max(dim, _LANES), max(tile, _LANES)
     heads = 2 * keys * lanes * itemsize
-    bias = 4 * keys // tile * max(tile, _LANES)
-    # Two buffers of scores, and registers spilled of about as many.
-    state = 4 * rows * (4 * tuning.group * tile + 2 * _LANES + lanes)
-    return heads + bias + state + 4 * rows * lanes * itemsize + (rows * 6 << 10)
+    bias = 4 * keys // tile * width
+    # Two buffers of scores, and registers spilled of three quarters as many.
+    scores = 2 * 4 * rows * tuning.group * tile * 7 // 4
+    state = 4 * rows * together * (_LANES + width + lanes)
+    return heads + bias + scores + state + 4 * rows * together * lanes * itemsize
 
 
 def packed(k: Array, v: Array, tile: int) -> Array:
@@ -209,6 +257,7 @@ def attention(
     shift: Array | None = None,
     *,
     rows: int,
+    together: int,
     tile: int,
     heads: int,
     scale: float,
@@ -216,21 +265,19 @@ def attention(
     tuning: TpuAttentionTuning,
     interpret: Any,
 ) -> tuple[Array, Array]:
-    """Attention of query blocks of `rows` rows over their lists of key tiles.
+    """Attention of query blocks of `rows` rows over their lists of key tiles, `together` of them in a program.
 
     Args:
       q: [B*H, Nq, D]; rows of the last block past its end are never written.
       kv: K and V, [B*H, Nk, D] each, Nk a multiple of `tile`, to lie in VMEM, a head at a time; or what `packed` makes
         of them, to be gathered from HBM.
-      table: int32 [B*H or B, blocks of Nq or 1, L] of lists. Each says where its tiles begin among the entries, how
-        many pairs of groups it has, and how many turns of `group * unroll` whole tiles follow, for the resident kernel
-        alone. Then come the entries, the first key of a tile, plus DROPPED if it does not count; `tuning.slack` or more
-        of those at the end.
+      table: int32 [B*H or B, programs or 1, L], of `lists.tables`.
       bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all. With a
-        bias of their own for smaller query blocks, an equal number in `rows` rows, and a tile of 128 or more keys:
-        [B*H, query blocks, Nk / tile + 1, tile].
+        bias of their own for smaller query blocks, an equal number in `rows` rows, one of which is a program, and a
+        tile of 128 or more keys: [B*H, query blocks, Nk / tile + 1, tile].
       shift: float32 [B*H, Nq], natural log, in place of each row's maximum.
       rows: of a query block.
+      together: query blocks of a program.
       tile: keys of a tile.
       heads: H.
       scale: of the scores, for exp.
@@ -241,18 +288,17 @@ def attention(
     Returns:
       out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq], NaN for a row too far from its shift, whose out is wrong.
     """
-    (programs, queries, dim), resident = q.shape, len(kv) == 2
-    blocks = block_count(queries, rows)
-    shared = table.shape[0] != programs or table.shape[1] != blocks
+    (heads_all, queries, dim), resident, all_rows = q.shape, len(kv) == 2, rows * together
+    programs = block_count(queries, all_rows)
+    shared = table.shape[0] != heads_all or table.shape[1] != programs
     lists = (lambda h, i: (lax.div(h, np.int32(heads)), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
     once: Callable[[], dict[str, Any]] = lambda: {"pipeline_mode": pl.Buffered(buffer_count=1)}
-    width = max(tile, _LANES)
     operands: list[Array] = [table[:, :, None], q]
     specs = [
         pl.BlockSpec((None, None, 1, table.shape[2]), lists, memory_space=pltpu.SMEM),
-        pl.BlockSpec((None, rows, dim), lambda h, i: (h, i, 0)),
+        pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
     ]
-    scratch = _scratch(rows, dim, width)
+    scratch = _scratch(all_rows, dim, max(tile, _LANES))
     scratch += [pltpu.VMEM((rows, tuning.group * tile), jnp.float32)] * 2
     operands += kv
     if resident:
@@ -265,32 +311,38 @@ def attention(
         of_batch = lambda h, i: (lax.div(h, np.int32(heads)), 0, 0)
         specs.append(pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once()))
     else:
-        specs.append(pl.BlockSpec((None, bias.shape[1] // blocks, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
+        specs.append(pl.BlockSpec((None, bias.shape[1] // programs, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
+    of_blocks = pl.BlockSpec((None, None, together, rows), lambda h, i: (h, i, 0, 0))
     if shift is not None:
-        whole = jnp.pad(shift * jnp.float32(LOG2E), ((0, 0), (0, blocks * rows - queries)))
-        operands.append(whole.reshape(programs, blocks, 1, rows))
-        specs.append(pl.BlockSpec((None, None, 1, rows), lambda h, i: (h, i, 0, 0)))
-    kernel = _resident_kernel if resident else _gathered_kernel
+        padded = jnp.pad(shift * jnp.float32(LOG2E), ((0, 0), (0, programs * all_rows - queries)))
+        operands.append(padded.reshape(heads_all, programs, together, rows))
+        specs.append(of_blocks)
+    kernel = functools.partial(_gathered_kernel, rows=rows, tile=tile, tuning=tuning, scale=scale * LOG2E)
+    if resident:
+        used = resident_bytes(kv[0].shape[1], rows, together, dim, q.dtype.itemsize, tile, tuning)
+        # To seek maxima takes more registers.
+        most = tuning.unroll if shift is not None else 4 if used + _SEEKING_BYTES <= vmem_bytes else 2
+        kernel = functools.partial(_resident_kernel, **kernel.keywords, unroll=min(most, tuning.unroll))
     out, lse = pl.pallas_call(
-        functools.partial(kernel, tile=tile, tuning=tuning, scale=scale * LOG2E),
-        grid=(programs, blocks),
+        kernel,
+        grid=(heads_all, programs),
         in_specs=specs,
         out_specs=[
-            pl.BlockSpec((None, rows, dim), lambda h, i: (h, i, 0)),
-            pl.BlockSpec((None, None, 1, rows), lambda h, i: (h, i, 0, 0)),
+            pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
+            of_blocks,
         ],
         out_shape=[
             varying.result(q.shape, q.dtype, *operands),
-            varying.result((programs, blocks, 1, rows), jnp.float32, *operands),
+            varying.result((heads_all, programs, together, rows), jnp.float32, *operands),
         ],
         scratch_shapes=scratch,
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=vmem_bytes,
             dimension_semantics=("parallel", "arbitrary"),
-            # Lists hold tiles of the array only, see `lists.tile_lists`.
+            # Lists hold tiles of the array only, see `lists.tables`.
             disable_bounds_checks=True,
         ),
         interpret=interpret,
         name=f"adaspa_{'attention' if shift is None else 'shifted'}_{'resident' if resident else 'gathered'}",
     )(*operands)
-    return out, lse.reshape(programs, -1)[:, :queries]
+    return out, lse.reshape(heads_all, -1)[:, :queries]

@@ -1,8 +1,10 @@
 """Attention on a TPU, dense, over lists of key blocks, over pooled keys: where K and V go, their lists, the kernel."""
 
+import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax import Array, lax
 
@@ -10,9 +12,11 @@ from pallas_kernels.blocks import block_count, expand_blocks, lookup, merge_head
 from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, packed, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
-from pallas_kernels.mosaic_tpu.lists import tile_bias, tile_lists
+from pallas_kernels.mosaic_tpu.lists import tables, tile_bias
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
+PROGRAM_ROWS = 1024
+"""Of query blocks that share a program: the groups of one are multiplied while another's last are summed."""
 POOLED_ROWS = 2048
 """Of a step over pooled keys, several query blocks: for so few keys a step's beginning and end would cost the most."""
 MOST_SHIFT = 40.0
@@ -22,11 +26,18 @@ GATHERED_ROWS = 512
 """Of a dense query block where K and V come from HBM: fewer would wait for them."""
 
 
-def _resident(k: Array, rows: int, tile: int, tuning: TpuAttentionTuning) -> bool:
-    """Whether K and V of a head, [B, H, N, D] padded to tiles, stay in VMEM: where they fit the chip."""
-    if tuning.resident is not None:
-        return tuning.resident
-    return resident_bytes(k.shape[2], rows, k.shape[3], k.dtype.itemsize, tile, tuning) <= chip().vmem_bytes
+def query_blocks(k: Array | jax.ShapeDtypeStruct, rows: int, blocks: int, tile: int, tuning: TpuAttentionTuning) -> int:
+    """Query blocks of a program that keeps K and V of a head in VMEM; 0 if they do not fit.
+
+    As many as PROGRAM_ROWS asks for and a chip has room for besides. k: [B, H, N, D], padded to tiles.
+    """
+    most = chip().vmem_bytes if tuning.resident is None else math.inf if tuning.resident else -1
+    together = min(max(1, PROGRAM_ROWS // rows), blocks)
+    while together:
+        if resident_bytes(k.shape[2], rows, together, k.shape[3], k.dtype.itemsize, tile, tuning) <= most:
+            return together
+        together //= 2
+    return 0
 
 
 def _kernel(
@@ -35,21 +46,24 @@ def _kernel(
     v: Array,
     tiles: tuple[Array, Array, Array],
     bias: Array,
-    resident: bool,
+    together: int,
+    shared: bool = False,
     **options: Any,
 ) -> Callable[..., tuple[Array, Array]]:
     """The kernel of a call, K and V padded to tiles: a function of the shift [B, H, Nq], or of nothing.
 
-    `tiles`, each [B, H or 1, Nq / rows or 1, tiles]: first keys, whether a list has the tile, whether it is whole.
+    `tiles`, each [B, H or 1, Nq / rows or, `shared`, 1, tiles]: first keys, whether a list has the tile, whether it is
+    whole. `together`: query blocks of a program, 0 for those whose keys are gathered.
     """
-    q, table = call.q, merge_heads(tile_lists(*tiles, options["tuning"], resident))
-    options |= {"heads": q.shape[1], "vmem_bytes": chip().vmem_bytes, "scale": call.scale, "interpret": call.interpret}
+    q, resident, together = call.q, together > 0, max(together, 1)
+    table = merge_heads(tables(*tiles, together, shared, options["tuning"], resident))
+    options |= {"heads": q.shape[1], "together": together, "scale": call.scale, "interpret": call.interpret}
     keys, values = merge_heads(k), merge_heads(v)
     kv = (keys, values) if resident else (packed(keys, values, options["tile"]),)
 
     def run(shift: Array | None = None) -> tuple[Array, Array]:
         near = None if shift is None else merge_heads(shift)
-        out, lse = attention(merge_heads(q), kv, table, bias, near, **options)
+        out, lse = attention(merge_heads(q), kv, table, bias, near, vmem_bytes=chip().vmem_bytes, **options)
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
     return run
@@ -80,14 +94,14 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
     q, batch, keys, tile = call.q, call.q.shape[0], call.k.shape[2], 128
     tuning = tuning or tpu_attention_tuning(tile, block_count(keys, tile), q.dtype, chip().generation)
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
-    resident = _resident(k, tile, tile, tuning)
+    together = query_blocks(k, tile, block_count(q.shape[2], tile), tile, tuning)
     bias, whole = tile_bias(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
     tiles = k.shape[2] // tile
     indices = jnp.broadcast_to(numbers(tiles, 2), (batch, tiles))
     order = partial_first(indices, jnp.full(batch, tiles, jnp.int32), ~whole)[:, None, None]
     lists = tile * order, jnp.full(order.shape, True), lookup(whole[:, None, None], order)
-    rows = tile if resident else GATHERED_ROWS
-    run = _kernel(call, k, v, lists, bias, resident, rows=rows, tile=tile, tuning=tuning)
+    rows = tile if together else GATHERED_ROWS
+    run = _kernel(call, k, v, lists, bias, together, shared=True, rows=rows, tile=tile, tuning=tuning)
     some = jnp.full(batch, True) if call.block_valid is None else (call.block_valid > 0).any(1)
     seen = jnp.broadcast_to(some[:, None, None], q.shape[:3])
     if call.shift is not None:
@@ -104,8 +118,8 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     indices, counts = call.indices.astype(jnp.int32), call.counts.astype(jnp.int32)
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
-    resident = _resident(k, call.block_q, tile, tuning)
-    run = _kernel(call, k, v, lists, bias, resident, rows=call.block_q, tile=tile, tuning=tuning)
+    together = query_blocks(k, call.block_q, indices.shape[2], tile, tuning)
+    run = _kernel(call, k, v, lists, bias, together, rows=call.block_q, tile=tile, tuning=tuning)
     if call.shift is None:
         return run()
     some = used
@@ -122,14 +136,14 @@ def pooled_attention(call: PooledCall, tuning: TpuAttentionTuning | None = None)
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
     tiles = k.shape[2] // tile
     # The kernel adds the bias to scores that it then scales.
-    together = min(POOLED_ROWS // call.block_q, call.kept.shape[2])
-    rows, query_blocks = together * call.block_q, together * block_count(call.kept.shape[2], together)
-    bias = call.pair_bias(query_blocks, (tiles + 1) * tile, 1 / call.scale)
+    wide = min(POOLED_ROWS // call.block_q, call.kept.shape[2])
+    rows, count = wide * call.block_q, wide * block_count(call.kept.shape[2], wide)
+    bias = call.pair_bias(count, (tiles + 1) * tile, 1 / call.scale)
     bias = merge_heads(bias).reshape(-1, bias.shape[2], tiles + 1, tile)
     order = jnp.broadcast_to(tile * numbers(tiles, 4), (q.shape[0], 1, 1, tiles))
     lists = order, jnp.full(order.shape, True), jnp.full(order.shape, False)
-    resident = _resident(k, rows, tile, tuning)
-    run = _kernel(call, k, v, lists, bias, resident, rows=rows, tile=tile, tuning=tuning)
+    fits = query_blocks(k, rows, 1, tile, tuning)
+    run = _kernel(call, k, v, lists, bias, fits, shared=True, rows=rows, tile=tile, tuning=tuning)
     largest = call.bias.max(-1, keepdims=True)
     bound = _bound(q, call.k, call.scale) + jnp.maximum(largest, 0)
     return _bounded(run, bound, expand_blocks(~call.hidden.all(-1), call.block_q, q.shape[2], 2))

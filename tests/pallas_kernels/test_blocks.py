@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pallas_kernels import ascending, lookup, partial_first
-from pallas_kernels.mosaic_tpu.attention import DROPPED, HEADER
-from pallas_kernels.mosaic_tpu.lists import tile_lists
+from pallas_kernels.mosaic_tpu.attention import DROPPED, ENTRY_BITS, HEADER
+from pallas_kernels.mosaic_tpu.lists import tables
 from pallas_kernels.tuning import TpuAttentionTuning
 
 seeds = st.integers(0, 2**32 - 1)
@@ -51,22 +51,31 @@ def test_ascending_sorts_what_is_in_use_and_keeps_the_rest_behind(seed: int, ent
 
 
 @few
-@given(seeds, st.sampled_from([1, 8, 9, 60]), st.booleans())
-def test_lists_hold_every_tile_once_and_whole_ones_alone_in_turns(seed: int, tiles: int, resident: bool) -> None:
-    rng = np.random.default_rng(seed)
-    starts = 64 * rng.permutation(100)[:tiles].astype(np.int32)
-    used, whole = rng.random(tiles) < 0.9, rng.random(tiles) < rng.choice([0.5, 0.95, 1.0])
-    tuning = TpuAttentionTuning(group=2, unroll=4)
-    table = np.asarray(tile_lists(*map(jnp.asarray, (starts, used, whole)), tuning, resident))
-    (first, pairs, turns), entries = table[:HEADER], table[HEADER:]
-    length = pairs * 2 * tuning.group + turns * tuning.group * tuning.unroll
-    taken, rest = entries[first : first + length], np.delete(entries, slice(first, first + length))
-    assert sorted(taken[taken < DROPPED]) == sorted(starts[used])
-    assert (rest >= DROPPED).all()
-    assert set(entries[entries >= DROPPED] - DROPPED) <= (set(starts[used]) or {0})
-    assert len(entries) - first - length >= tuning.slack
-    in_turns = taken[pairs * 2 * tuning.group :]
-    assert set(in_turns) <= set(starts[used & whole])
-    assert resident or turns == 0
-    if resident and used.all() and whole.all():
-        assert turns == tiles // (tuning.group * tuning.unroll)
+@given(seeds, st.sampled_from([1, 8, 9, 60]), st.booleans(), st.booleans())
+def test_programs_take_every_tile_of_their_lists_once_and_whole_ones_alone_in_turns(
+    seed: int, tiles: int, shared: bool, resident: bool
+) -> None:
+    rng, group, together, lists = np.random.default_rng(seed), 2, 3, 1 if shared else 4
+    starts = 64 * np.stack([rng.permutation(100)[:tiles] for _ in range(lists)]).astype(np.int32)
+    used = (rng.random((lists, tiles)) < 0.9) & (rng.random((lists, 1)) < 0.8)
+    whole = rng.random((lists, tiles)) < rng.choice([0.5, 0.95, 1.0])
+    tuning = TpuAttentionTuning(group=group, unroll=4)
+    made = tables(*map(jnp.asarray, (starts, used, whole)), together, shared, tuning, resident)
+    assert made.shape[0] == (1 if shared else 2)  # the second program has one list
+    for program, table in enumerate(np.asarray(made)):
+        pairs, turns = table[:HEADER]
+        masked, steps = 2 * pairs, 2 * pairs + 4 * turns
+        slots = table[HEADER : HEADER + steps + 2]  # and what is read ahead
+        blocks, places = slots >> ENTRY_BITS, slots & ((1 << ENTRY_BITS) - 1)
+        groups = table[places[:, None] + np.arange(group)]
+        for block in range(together):
+            row = 0 if shared else program * together + block
+            mine = used[row] if row < lists else np.zeros(tiles, bool)
+            of_block = groups[:steps][blocks[:steps] == block].reshape(-1)
+            kept = starts[row][mine] if mine.any() else []
+            assert sorted(of_block[of_block < DROPPED]) == sorted(kept)
+            assert set(of_block[of_block >= DROPPED] - DROPPED) <= set(kept)
+            in_turns = groups[masked:steps][blocks[masked:steps] == block].reshape(-1)
+            assert set(in_turns) <= set(starts[row][mine & whole[row]] if mine.any() else [])
+        assert (groups >= 0).all()
+        assert resident or turns == 0
