@@ -119,12 +119,17 @@ FEW = (Case("dense"), Case("block_sparse"), Case("block_mass"), Case("gathered",
 SETS = {"main": MAIN, "all": MATRIX, "few": FEW}
 PEERS = (Case("splash", tokens=16384), Case("flash", tokens=16384), Case("matmul", tokens=4096))
 TARGETS = {
-    ("block_sparse", 128): {"v5e": 68, "v5p": 68, "v6e": 37, "v7x": 39},
-    ("block_sparse", 64): {"v5e": 72, "v5p": 72, "v6e": 57, "v7x": 58},
-    ("dense", 128): {"v5e": 68, "v5p": 68, "v6e": 37, "v7x": 39},
-    ("block_mass", 128): {"v5e": 36, "v5p": 37, "v6e": 23, "v7x": 24},
+    ("block_sparse", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
+    ("block_sparse", 64): {"v5e": 69, "v5p": 69, "v6e": 54, "v7x": 55},
+    ("dense", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
+    ("block_mass", 128): {"v5e": 34, "v5p": 34, "v6e": 19, "v7x": 19},
 }
-"""Static cycles per 128 x 128 x 128 block in bfloat16."""
+"""Static cycles per 128 x 128 x 128 block in bfloat16, of the loop."""
+LIST_TARGETS = {
+    ("block_sparse", 128): {"v5e": 73, "v5p": 73, "v6e": 41, "v7x": 43},
+    ("block_sparse", 64): {"v5e": 80, "v5p": 80, "v6e": 58, "v7x": 60},
+}
+"""The same of whole lists."""
 
 
 _MATMUL = 1024
@@ -206,7 +211,7 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
     valid: list[tuple[Any, ...]] = [((1, blocks), jnp.int32)] if case.ragged else []
     given = lambda rest: rest[0] if rest else None
     if case.kernel == "block_mass":
-        tile_q, tile_k = mass_tile(block, block)
+        tile_q, tile_k = mass_tile(block, block, n, n)
         mass = lambda q, k, lse, *v: mosaic_tpu.block_mass(MassCall(q, k, lse, scale, block, block, given(v)))
         return mass, [x, x, (x[0][:3], jnp.float32), *valid], tile_q * tile_k / 128**2
     tile, listed, tuning = _tuning(case, generation)
@@ -337,7 +342,11 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     cycles = masked if case.kernel == "pooled" else cycles
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)
-    reread = {"block_mass": mass_tile(case.block, case.block)[0], "splash": 1024, "flash": 2048}
+    reread = {
+        "block_mass": mass_tile(case.block, case.block, case.tokens, case.tokens)[0],
+        "splash": 1024,
+        "flash": 2048,
+    }
     gathered = GATHERED_ROWS if case.kernel == "dense" else case.block
     rows = reread.get(case.kernel, gathered if "gathered" in schedule.name else TOKENS)
     layer_ms: float | None = _layer_ms(case, CHIPS[chip], all_in)
@@ -373,9 +382,10 @@ def missed(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         if (row["dtype"], row["head_dim"], row["tokens"]) != ("bfloat16", 128, TOKENS):
             continue
-        target = TARGETS.get((row["kernel"], row["block"]), {}).get(row["chip"], math.inf)
-        if (cycles := row["cycles_per_block"]) > target:
-            found.append(f"{row['kernel']} {row['block']} on {row['chip']}: {cycles:.1f} > {target}")
+        for figure, targets in (("cycles_per_block", TARGETS), ("all_in_cycles_per_block", LIST_TARGETS)):
+            target = targets.get((row["kernel"], row["block"]), {}).get(row["chip"], math.inf)
+            if row[figure] > target:
+                found.append(f"{row['kernel']} {row['block']} on {row['chip']}: {figure} {row[figure]:.1f} > {target}")
     return found
 
 

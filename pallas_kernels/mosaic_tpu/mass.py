@@ -1,4 +1,4 @@
-"""TPU block mass: one pass over Q and K in tiles of 1024 rows by 2048 keys, scores with keys down and queries across.
+"""TPU block mass: one pass over Q and K in tiles of 1024 rows by 2048 keys or more, keys down and queries across.
 
 Keys down the sublanes, so that a block's sum over keys needs no cross-lane work: each key block adds a row of per-query
 sums to VMEM, and queries are summed once, after the last key tile.
@@ -20,6 +20,10 @@ from pallas_kernels.mosaic_tpu.attention import contract
 from pallas_kernels.mosaic_tpu.chip import chip
 
 _LANES = 128
+_PADDED = 20
+"""A larger tile may pad this part of the length."""
+_MOST_SUMS = 16 << 20
+"""Bytes of VMEM, of a tile's sums by key block."""
 
 
 def _kernel(
@@ -79,9 +83,16 @@ def _kernel(
         _, row_sum[...] = lax.fori_loop(0, strips, strip, (np.int32(0), jnp.zeros_like(row_sum)))
 
 
-def mass_tile(block_q: int, block_k: int) -> tuple[int, int]:
-    """Rows and keys of a tile: eight blocks each way, or more."""
-    return max(1024, 8 * block_q), max(2048, 8 * block_k)
+def mass_tile(block_q: int, block_k: int, rows: int, keys: int) -> tuple[int, int]:
+    """Rows and keys of a tile: eight blocks each way or more; twice and three times as many where little is padded.
+
+    A tile begins and ends with 400 cycles that multiply little, as much as 25 blocks take.
+    """
+    tile_q, tile_k = max(1024, 8 * block_q), max(2048, 8 * block_k)
+    sums = 4 * block_count(keys, block_k) * 2 * tile_q
+    fits = lambda length, tile: -length % tile <= length // _PADDED
+    wide_q, wide_k = fits(rows, 2 * tile_q) and sums <= _MOST_SUMS, fits(keys, 3 * tile_k)
+    return 2 * tile_q if wide_q else tile_q, 3 * tile_k if wide_k else tile_k
 
 
 def _mass(
@@ -108,7 +119,7 @@ def _mass(
     """
     (programs, queries, dim), keys, heads = q.shape, k.shape[1], call.q.shape[1]
     block_q, block_k, scale = call.block_q, call.block_k, call.scale * LOG2E
-    tile_q, tile_k = mass_tile(block_q, block_k)
+    tile_q, tile_k = mass_tile(block_q, block_k, call.q.shape[2], call.k.shape[2])
     used = keys // block_k
     blocks = _LANES * block_count(used, _LANES)
     partial = (valid.reshape(valid.shape[0], keys // tile_k, -1) < block_k).any(-1)
@@ -146,7 +157,7 @@ def _mass(
 def block_mass(call: MassCall) -> tuple[Array, Array]:
     """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
     (batch, heads, rows, _), keys, (nq, nk) = call.q.shape, call.k.shape[2], call.blocks
-    tile_q, tile_k = mass_tile(call.block_q, call.block_k)
+    tile_q, tile_k = mass_tile(call.block_q, call.block_k, rows, keys)
     q, k = pad_tokens(call.q, tile_q), pad_tokens(call.k, tile_k)
     shift, weight = call.shift(q.shape[2]) * LOG2E, call.weight(q.shape[2])
     valid = valid_counts(call.block_valid, batch, call.block_k, keys)
