@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 
 from adaspa_jax.call import Call, everyone, stand_ins_of
+from adaspa_jax.compensation import SAMPLE, towards
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.schedule import StepKind
@@ -25,16 +26,19 @@ def _dense(call: Call, state: SparseState) -> tuple[Array, SparseState]:
 
 def _fused_search(call: Call, state: SparseState) -> tuple[Array, SparseState]:
     out, lse = call.dense(call.q)
-    searched, lse = call.searched, lse[-state.lse.shape[0] :, :, : call.rows]
+    searched, here = call.searched, -state.lse.shape[0]
+    lse = lse[here:, :, : call.rows]
     mass = searched.mass(lse)[0]
     found = searched.select(mass, state)
-    calibrated = searched.calibrate(found, mass, lse, state)
-    return out, searched.keep(found, mass, lse, jnp.zeros_like(state.drift), calibrated, state)
+    made, share = searched.calibrate(found, mass, lse, state)
+    if call.config.compensation == "pooled":
+        made = searched.fitted(made, out[here:, :, : call.rows], *searched.both(found.indices, found.counts, made, lse))
+    return out, searched.keep(found, mass, lse, jnp.zeros_like(state.drift), (made, share), state)
 
 
 def _cached_search(call: Call, state: SparseState) -> tuple[Array, SparseState]:
-    searched = call.searched
-    if call.config.lse_cache:
+    searched, config = call.searched, call.config
+    if config.lse_cache:
         norm = state.lse
         mass, row_sum = searched.mass(norm)
         # A row without a valid key has LSE -inf and sum 0, and keeps both.
@@ -45,13 +49,22 @@ def _cached_search(call: Call, state: SparseState) -> tuple[Array, SparseState]:
         mass, _ = searched.mass(lse)
         change = jnp.where(jnp.isfinite(lse), lse - state.lse, 0.0)
     found = searched.select(mass, state)
-    calibrated = searched.calibrate(found, mass, norm, state)
-    out = call.sparse(found.indices, found.counts, calibrated[0], lse)
-    return out, searched.keep(found, mass, lse, searched.drift(change, state), calibrated, state)
+    made, share = searched.calibrate(found, mass, norm, state)
+    lists = everyone((found.indices, found.counts, made, lse), config)
+    if config.compensation == "pooled":
+        kept, both = call.both(*lists)
+        here = -len(lse)
+        exact = searched.dense(searched.rows_of_blocks(searched.q[:, :, : call.rows], SAMPLE))[0]
+        made = searched.fitted(made, exact, kept[here:], both[here:], SAMPLE)
+        out = call.with_text(towards(kept, both, everyone(made.strength, config)))
+    else:
+        out = call.sparse(*lists)
+    return out, searched.keep(found, mass, lse, searched.drift(change, state), (made, share), state)
 
 
 def _sparse(call: Call, state: SparseState) -> tuple[Array, SparseState]:
-    return call.sparse(state.indices, state.counts, stand_ins_of(state), state.lse), state
+    lists = state.indices, state.counts, stand_ins_of(state), state.lse
+    return call.sparse(*everyone(lists, call.config)), state
 
 
 _BRANCHES: dict[StepKind, Callable[[Call, SparseState], tuple[Array, SparseState]]] = {

@@ -1,13 +1,13 @@
 """What the steps of an attention call are made of, on a device: dense and sparse attention, mass, lists, stand-ins."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from adaspa_jax.compensation import Pooled, StandIns, calibrate, pool
+from adaspa_jax.compensation import Pooled, StandIns, calibrate, pool, strength, towards
 from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.search import Selection, select_blocks
@@ -22,6 +22,7 @@ from pallas_kernels import (
     pooled_attention,
 )
 
+T = TypeVar("T")
 _TEXT_KEYS = 8
 """At most so many parts of the keys of text rows, on a mesh: a few rows of a few heads would leave a chip idle."""
 
@@ -101,22 +102,34 @@ class Call(NamedTuple):
 
         `lse` [B, H, rows] of the last search, a number near each row's largest score.
         """
-        pooled = self.config.compensation == "pooled"
-        found = block_sparse_attention(
+        if self.config.compensation == "none":
+            return self.with_text(self.kept(indices, counts, lse))
+        return self.with_text(towards(*self.both(indices, counts, stand_ins, lse), stand_ins.strength))
+
+    def kept(self, indices: Array, counts: Array, lse: Array, return_lse: bool = False) -> Any:
+        """The video rows over their blocks, with the LSE if asked for."""
+        return block_sparse_attention(
             self.q[:, :, : self.rows],
             self.k,
             self.v,
-            everyone(indices, self.config),
-            everyone(counts, self.config),
+            indices,
+            counts,
             block_q=self.layout.query_block,
             block_k=self.layout.block,
             block_valid=self.block_valid,
-            shift=everyone(lse, self.config),
-            return_lse=pooled,
+            shift=lse,
+            return_lse=return_lse,
             implementation=self.implementation,
         )
-        out = merge_attention(found, self.compensate(stand_ins))[0] if pooled else found
-        return jnp.concatenate([out, self.text()], axis=2) if self.layout.text else out
+
+    def both(self, indices: Array, counts: Array, stand_ins: StandIns, lse: Array) -> tuple[Array, Array]:
+        """Outputs of the video rows over their blocks alone, and with full stand-ins of the others."""
+        kept = self.kept(indices, counts, lse, return_lse=True)
+        return kept[0], merge_attention(kept, self.compensate(stand_ins))[0]
+
+    def with_text(self, video: Array) -> Array:
+        """The video rows' output and that of the text rows."""
+        return jnp.concatenate([video, self.text()], axis=2) if self.layout.text else video
 
     def pooled(self) -> Pooled:
         """The key blocks of this step."""
@@ -124,7 +137,7 @@ class Call(NamedTuple):
 
     def compensate(self, stand_ins: StandIns) -> tuple[Array, Array]:
         """(out, LSE) of the video rows over the stand-ins of the blocks that they dropped."""
-        row, col, kept = (everyone(x, self.config) for x in stand_ins)
+        row, col, kept, _ = stand_ins
         blocks = self.pooled()
         out, lse = pooled_attention(
             self.q[:, :, : self.rows],
@@ -146,6 +159,21 @@ class Call(NamedTuple):
         rows = self.q[:, :, : self.rows]
         made, share = calibrate(rows, self.pooled(), lse, mass, found.kept, self.query_valid, self.spread)
         return made, self.spread.by_head(share, state.places)
+
+    def fitted(self, made: StandIns, exact: Array, kept: Array, both: Array, every: int = 1) -> StandIns:
+        """`made` of the strength that brings its output nearest to `exact`, in every so manieth row of a block.
+
+        kept and both as `both` gives them, exact [B, H, rows / every, D].
+        """
+        some = lambda x: self.rows_of_blocks(x, every)
+        place = np.arange(0, self.layout.query_block, every, dtype=np.int32)
+        inside = (self.query_valid[..., None] > place[None, None]).reshape(len(exact), -1)
+        return made._replace(strength=strength(exact, some(kept), some(both), inside, self.spread))
+
+    def rows_of_blocks(self, x: Array, every: int) -> Array:
+        """[B, H, rows / every, D]: every so manieth row of each query block of x [B, H, rows, D]."""
+        by_block = x.reshape(*x.shape[:2], -1, self.layout.query_block, x.shape[3])
+        return by_block[:, :, :, ::every].reshape(*x.shape[:2], -1, x.shape[3])
 
     def select(self, mass: Array, state: SparseState) -> Selection:
         """Blocks for the heads in their old places."""
@@ -181,9 +209,10 @@ class Call(NamedTuple):
 
 def stand_ins_of(state: SparseState) -> StandIns:
     """As the last search calibrated them."""
-    return StandIns(state.row_bias, state.col_bias, state.kept)
+    return StandIns(state.row_bias, state.col_bias, state.kept, state.strength)
 
 
-def everyone(x: Array, config: SparseConfig) -> Array:
-    """What was found for the conditional branch, for both; else x."""
-    return jnp.concatenate([x, x]) if config.share_cfg_indices else x
+def everyone(found: T, config: SparseConfig) -> T:
+    """What was found for the conditional branch, any arrays [B, ...], for both; else as it is."""
+    twice = lambda x: jnp.concatenate([x, x])
+    return jax.tree.map(twice, found) if config.share_cfg_indices else found

@@ -4,6 +4,10 @@ Video row i of row block p sees a dropped key block j, of n_j valid keys, as one
 scale * q_i·k_mean_j + log n_j + row_p + col_j and the mean of its values, in one softmax with the kept blocks. The mean
 of a block's scores says less than the block weighs (Jensen), so a search fits row + col, nq + nk numbers a head, to the
 ratio of the block mass that it measured to that of the stand-ins.
+
+What the dropped keys of a block would have added is nearer to what the kept ones say, the more a head looks for single
+tokens, and nearer to the block's mean, the less. So a search also fits how far to go from the kept blocks' output
+towards that with stand-ins, a number a head, by least squares to dense attention: `strength`.
 """
 
 from typing import NamedTuple
@@ -24,6 +28,8 @@ _CLIP = 6.0
 """Largest |log ratio| that is fitted."""
 _ROW_BLOCKS = 64
 """Whose scores are held at a time."""
+SAMPLE = 16
+"""Every so manieth row of a row block is one that strengths are fitted to where dense attention costs extra."""
 
 
 class StandIns(NamedTuple):
@@ -35,6 +41,8 @@ class StandIns(NamedTuple):
     """float32 [B, H, nk]"""
     kept: Array
     """uint32 [B, H, nq, ceil(nk / 32)]: bits of the blocks that have none."""
+    strength: Array
+    """float32 [B, H], 0 to 1."""
 
 
 class Pooled(NamedTuple):
@@ -96,6 +104,25 @@ def fit(measured: Array, pooled: Array, dropped: Array, spread: Spread = ALONE) 
     return row, col
 
 
+def strength(exact: Array, kept: Array, both: Array, inside: Array, spread: Spread = ALONE) -> Array:
+    """float32 [B, H], 0 to 1: kept + strength * (both - kept) is nearest to `exact`; 0 where they do not differ.
+
+    Outputs [B, H, rows, D] of dense attention, of the kept blocks alone and with stand-ins of the others; of the rows
+    `inside`, bool [B, rows], alone.
+    """
+    real = lambda x: jnp.where(inside[:, None, :, None], x.astype(jnp.float32), 0.0)
+    kept = real(kept)
+    change, missing = real(both) - kept, real(exact) - kept
+    along, length = spread.sum_rows(jnp.stack([(change * missing).sum((2, 3)), jnp.square(change).sum((2, 3))]))
+    return jnp.clip(along / jnp.where(length > 0, length, 1.0), 0.0, 1.0)
+
+
+def towards(kept: Array, both: Array, strength: Array) -> Array:
+    """kept + strength * (both - kept), of [B, H, rows, D] by strength [B, H]."""
+    here = kept.astype(jnp.float32)
+    return (here + strength[..., None, None] * (both.astype(jnp.float32) - here)).astype(kept.dtype)
+
+
 def calibrate(
     q: Array,
     pooled: Pooled,
@@ -106,6 +133,8 @@ def calibrate(
     spread: Spread = ALONE,
 ) -> tuple[StandIns, Array]:
     """(StandIns, share of the mass that they hold [B, H]) for the blocks that a search did not keep; a head at a time.
+
+    Of full strength.
 
     Args:
       q: [B, H, rows, D], the video rows of a device, whole blocks.
@@ -132,4 +161,4 @@ def calibrate(
     with jax.named_scope("calibrate"):
         flat = jax.tree.map(lambda x: x.reshape(batch * heads, *x.shape[2:]), operands)
         row, col, share = (x.reshape(batch, heads, *x.shape[1:]) for x in lax.map(one, flat))
-    return StandIns(row, col, kept), share
+    return StandIns(row, col, kept, jnp.ones_like(share)), share

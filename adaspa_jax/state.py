@@ -43,6 +43,9 @@ class SparseState(NamedTuple):
     """float32 [B, H, nk]: the same by key block."""
     kept: Array
     """uint32 [B, H, nq, ceil(nk / 32)]: bits of the key blocks on the lists, of `pallas_kernels.pack_bits`."""
+    strength: Array
+    """float32 [B, H]: how far, 0 to 1, attention goes from the kept blocks' output towards that with stand-ins; 0
+    without compensation."""
     stand_ins: Array
     """float32 [B, H], by head: share of the video rows' mass that the stand-ins held as calibrated by the last search;
     0 without compensation."""
@@ -90,6 +93,7 @@ class SparseState(NamedTuple):
             row_bias=jnp.zeros((*lead, pair_rows), jnp.float32),
             col_bias=jnp.zeros((*lead, cols), jnp.float32),
             kept=jnp.zeros((*lead, pair_rows, -(-cols // 32)), jnp.uint32),
+            strength=jnp.zeros(lead, jnp.float32),
             stand_ins=jnp.zeros(lead, jnp.float32),
             places=jnp.broadcast_to(jnp.arange(heads, dtype=jnp.int32), lead),
         )
@@ -105,7 +109,7 @@ class SparseState(NamedTuple):
         lead = (None,) if layers else ()
         placed, by_head = sharding.spec(*lead, DATA, HEADS, ROWS), sharding.spec(*lead, DATA)
         of_heads = sharding.spec(*lead, DATA, HEADS)
-        lists, calibration = (placed, placed, placed), (placed, of_heads, placed)
+        lists, calibration = (placed, placed, placed), (placed, of_heads, placed, of_heads)
         return SparseState(*lists, by_head, by_head, sharding.spec(), *calibration, by_head, by_head)  # type: ignore[arg-type]
 
     @staticmethod

@@ -28,6 +28,7 @@ import typer
 from rich.progress import track
 
 from adaspa_jax import SparseConfig, StepKind
+from adaspa_jax.compensation import SAMPLE
 from adaspa_jax.layout import TokenLayout
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
@@ -108,13 +109,13 @@ def variants(steps: int) -> dict[str, SparseConfig]:
 
 def work(config: SparseConfig, layout: TokenLayout) -> float:
     """Attention of a whole run in units of a dense one."""
-    density = config.budget(layout).base / layout.num_blocks
-    sparse = density + (1 - density) / config.block_size * (config.compensation == "pooled")
+    density, pooled = config.budget(layout).base / layout.num_blocks, config.compensation == "pooled"
+    sparse = density + (1 - density) / config.block_size * pooled
     search = MASS_WORK * (1 if config.lse_cache else 2)
     cost = {
         StepKind.DENSE: 1.0,
-        StepKind.FUSED_SEARCH: 1 + MASS_WORK,
-        StepKind.CACHED_SEARCH: sparse + search,
+        StepKind.FUSED_SEARCH: 1 + MASS_WORK + sparse * pooled,  # what strengths are fitted to
+        StepKind.CACHED_SEARCH: sparse + search + pooled / SAMPLE,
         StepKind.SPARSE: sparse,
     }
     return sum(cost[StepKind(kind)] for kind in config.step_kinds()) / config.steps

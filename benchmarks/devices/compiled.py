@@ -54,7 +54,7 @@ class Machine:
     rows: int
     weights: Weights
     gib: int
-    """Memory of a device."""
+    """Memory of a device; a chip of v7x is two."""
 
     @property
     def implementation(self) -> Implementation:
@@ -83,6 +83,7 @@ MACHINES = {
     "v6e-8": Machine("v6e:2x4", 8, 1, "sharded", 32),
     "v5p-8": Machine("v5p:2x2x2", 8, 1, "sharded", 95),
     "v5e-16": Machine("v5e:4x4", 8, 2, "sharded", 16),
+    "v7x-8": Machine("tpu7x:2x2x2", 8, 2, "sharded", 96),
 }
 
 

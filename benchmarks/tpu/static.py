@@ -118,14 +118,15 @@ FEW = (Case("dense"), Case("block_sparse"), Case("block_mass"), Case("gathered",
 """What `make test` does."""
 SETS = {"main": MAIN, "all": MATRIX, "few": FEW}
 PEERS = (Case("splash", tokens=16384), Case("flash", tokens=16384), Case("matmul", tokens=4096))
-TARGETS = {
+Targets = dict[tuple[str, int], dict[str, float]]
+TARGETS: Targets = {
     ("block_sparse", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
     ("block_sparse", 64): {"v5e": 69, "v5p": 69, "v6e": 54, "v7x": 55},
     ("dense", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
     ("block_mass", 128): {"v5e": 34, "v5p": 34, "v6e": 19, "v7x": 19},
 }
 """Static cycles per 128 x 128 x 128 block in bfloat16, of the loop."""
-LIST_TARGETS = {
+LIST_TARGETS: Targets = {
     ("block_sparse", 128): {"v5e": 73, "v5p": 73, "v6e": 41, "v7x": 43},
     ("block_sparse", 64): {"v5e": 80, "v5p": 80, "v6e": 58, "v7x": 60},
 }

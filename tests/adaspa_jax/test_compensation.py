@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaspa_jax import SparseConfig, SparseState, StepKind, TokenLayout, adaspa_attention
-from adaspa_jax.compensation import StandIns, calibrate, fit, pool, pooled_mass
+from adaspa_jax.compensation import StandIns, calibrate, fit, pool, pooled_mass, strength, towards
 from pallas_kernels import (
     block_sparse_attention,
     flash_attention,
@@ -86,6 +86,37 @@ def test_calibrated_stand_ins_are_better_than_plain_ones_and_those_than_none(smo
     assert error(cached, dense) == pytest.approx(errors[2], rel=1e-3)
 
 
+def test_a_search_finds_how_far_to_go() -> None:
+    """Between the kept blocks alone and with stand-ins, as near to dense attention as a number a head gets."""
+    q, k, _ = tokens(0.3)
+    qkv = 5 * q, k, k  # what a row looks for is what it finds, in the dropped blocks too
+    dense, found = run(qkv, CONFIG, StepKind.FUSED_SEARCH)
+    at = lambda share: run(qkv, CONFIG, StepKind.SPARSE, found._replace(strength=share))[0]
+    ends = [at(jnp.full_like(found.strength, share)) for share in (0.0, 1.0)]
+    assert error(at(found.strength), dense) < 0.95 * min(error(end, dense) for end in ends)
+    kept, both = (np.asarray(end, np.float64)[:, REAL] for end in ends)
+    change, missing = both - kept, np.asarray(dense, np.float64)[:, REAL] - kept
+    best = (change * missing).sum((1, 3)) / np.square(change).sum((1, 3))
+    np.testing.assert_allclose(found.strength, np.clip(best, 0, 1), atol=1e-4)
+    # A cached search has dense attention of some rows only: every sixteenth of each block.
+    sampled = run(qkv, CONFIG, StepKind.CACHED_SEARCH, found)[1].strength
+    first = np.zeros(LAYOUT.length, bool)
+    first[: LAYOUT.video_length : 16] = REAL[: LAYOUT.video_length : 16]
+    some = first[REAL]
+    best = (change * missing)[:, some].sum((1, 3)) / np.square(change)[:, some].sum((1, 3))
+    np.testing.assert_allclose(sampled, np.clip(best, 0, 1), atol=1e-3)
+
+
+def test_where_stand_ins_mislead_they_are_left_out() -> None:
+    """The wrong way: 0. Too far: back. Rows that are not inside, which may hold NaN, say nothing."""
+    exact, kept = jnp.ones((1, 2, 8, 4)), jnp.ones((1, 2, 8, 4))
+    inside = jnp.ones((1, 8), bool).at[0, 6:].set(False)
+    worse = kept.at[:, 0].set(0.5).at[:, :, 6:].set(jnp.nan)
+    np.testing.assert_array_equal(strength(exact, kept, worse, inside), 0)
+    np.testing.assert_allclose(strength(2 * exact, kept, kept.at[:, 0].set(4.0), inside), [[1 / 3, 0]], rtol=1e-6)
+    np.testing.assert_allclose(towards(kept, jnp.full_like(kept, 3.0), jnp.array([[0.0, 0.5]]))[0, :, 0, 0], [1, 2])
+
+
 def test_the_bits_are_those_of_the_lists() -> None:
     found = run(tokens(0.5), CONFIG, StepKind.FUSED_SEARCH)[1]
     kept = np.asarray(unpack_bits(found.kept, LAYOUT.num_blocks))
@@ -113,6 +144,7 @@ def test_nothing_but_sinks_is_attention_over_pooled_keys() -> None:
         indices=state.indices.at[..., : nk - video].set(sinks),
         counts=jnp.full_like(state.counts, nk - video),
         kept=kept,
+        strength=jnp.ones_like(state.strength),
     )
     got = run((q, k, v), CONFIG, StepKind.SPARSE, state)[0]
     k, v = (x.swapaxes(1, 2) for x in (k, v))
@@ -221,4 +253,4 @@ def test_the_paper_to_the_letter() -> None:
     assert (config.head_adaptive, config.row_wise, config.lse_cache, config.compensation) == (True, True, True, "none")
     assert SparseConfig.paper(sparsity=0.9) == dataclasses.replace(config, sparsity=0.9)
     assert isinstance(SparseConfig.paper().layout((2, 3, 4)), TokenLayout)
-    assert StandIns._fields == SparseState._fields[6:9]
+    assert StandIns._fields == SparseState._fields[6:10]

@@ -101,6 +101,7 @@ def test_attention_and_its_state(
     assert bool(alone.row_bias.any()) == (config.compensation == "pooled")
     for name, ours in {"row_bias": spread.row_bias[:, :, :blocks], "col_bias": spread.col_bias}.items():
         np.testing.assert_allclose(ours, np.take_along_axis(getattr(alone, name), places[:, :, None], 1), atol=2e-5)
+    np.testing.assert_allclose(spread.strength, np.take_along_axis(alone.strength, places, 1), atol=2e-5)
     loads = counts[:, :, 0].reshape(2, heads, -1).sum(-1)
     assert len(set(counts[0, :, 0])) > 1  # the tiers differ
     # Exact for an even number of heads a device; three of one device cannot be made of easy and hard alone.

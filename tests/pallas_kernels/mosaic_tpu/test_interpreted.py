@@ -12,9 +12,10 @@ import pytest
 from jax._src.pallas.mosaic.interpret import interpret_pallas_call as interpreter  # the one place that counts races
 from jax.experimental.pallas import tpu as pltpu
 
-from pallas_kernels import block_sparse_attention, dispatch, flash_attention, mosaic_tpu, reference
+from pallas_kernels import block_mass, block_sparse_attention, dispatch, flash_attention, mosaic_tpu, reference
 from pallas_kernels.calls import DenseCall, Request, SparseCall
 from pallas_kernels.mosaic_tpu import calls
+from pallas_kernels.mosaic_tpu.mass import mass_tile
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, assert_attention, operands
 from tests.matrix import only
@@ -66,6 +67,21 @@ def test_poisoned_lists_are_never_read(resident: bool) -> None:
     for poison in (-1, 2**31 - 1):
         got = run(case, x, tuning, jnp.asarray(np.where(past, poison, clean)))
         jax.tree.map(np.testing.assert_array_equal, got, right)
+
+
+def test_mass_in_large_tiles() -> None:
+    """Those of long videos, of 2048 rows by 6144 keys; the last of each is not full, nor is a block."""
+    rows, keys = 2000, 6100
+    assert mass_tile(128, 128, rows, keys) == (2048, 6144)
+    assert mass_tile(128, 128, 1500, 4000) == (1024, 2048)
+    rng = np.random.default_rng(0)
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, n, 64)), jnp.float32) for n in (rows, keys))
+    valid = jnp.full((1, 48), 128).at[0, 5].set(60)
+    how: dict[str, Any] = {"block_q": 128, "block_k": 128, "block_valid": valid, "return_row_sum": True}
+    lse = jnp.full((1, 1, rows), 9.0)
+    got = block_mass(q, k, lse, implementation="mosaic_tpu", interpret=True, **how)
+    for ours, theirs in zip(got, block_mass(q, k, lse, implementation="reference", **how), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=1e-6)
 
 
 SHIFTS = {
