@@ -14,23 +14,20 @@ from models.demo.clips import FRAMES, Shapes, uniform, windows
 SIZE = 48
 _TORUS = 96
 """Pixels of a side of the texture, which repeats: a pan of 3 pixels a frame sees no spot twice."""
-_GRAIN = 0.8
-"""Pixels: standard deviation of the blur that ends the texture's spectrum."""
-_STEEP = 0.6
-"""Of the texture's edges."""
+_GRAIN = 1.8
+"""Pixels: standard deviation of the blur that makes noise a texture."""
 _FASTEST_PAN = 3
 """Pixels a frame."""
 
 
 def texture(count: int, generator: torch.Generator, device: str) -> Tensor:
-    """float32 [count, _TORUS, _TORUS] in (-1, 1): noise with the spectrum of natural pictures."""
+    """float32 [count, _TORUS, _TORUS] in (-1, 1): blurred noise."""
     noise = torch.randn(count, _TORUS, _TORUS, generator=generator).to(device)
     frequency = torch.fft.fftfreq(_TORUS, device=device)
     square = frequency[:, None] ** 2 + frequency**2
-    amplitude = torch.exp(-2 * (math.pi * _GRAIN) ** 2 * square) / square.clamp(min=_TORUS**-2).sqrt()
-    amplitude[0, 0] = 0
-    natural = torch.fft.ifft2(torch.fft.fft2(noise) * amplitude).real
-    return torch.tanh(_STEEP * natural / natural.std(dim=(1, 2), keepdim=True))
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * torch.exp(-2 * (math.pi * _GRAIN) ** 2 * square)).real
+    # Steeper edges would make every spot one of two colours: a coin that the smallest error of attention turns.
+    return torch.tanh(smooth / smooth.std(dim=(1, 2), keepdim=True))
 
 
 def background(count: int, frames: Tensor, generator: torch.Generator, device: str) -> Tensor:
