@@ -246,7 +246,9 @@ def resident_bytes(
 def packed(k: Array, v: Array, tile: int) -> Array:
     """[B*H, tiles, 2, tile, D] of K and V [B*H, Nk, D]: a tile of both is one copy."""
     programs, _, dim = k.shape
-    return jnp.stack([x.reshape(programs, -1, tile, dim) for x in (k, v)], 2)
+    # Joined along rows: XLA would lay a stack out with K and V apart, and copy it for each kernel.
+    both = jnp.concatenate([x.reshape(programs, -1, tile, dim) for x in (k, v)], 2)
+    return both.reshape(programs, -1, 2, tile, dim)
 
 
 def attention(
