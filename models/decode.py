@@ -15,7 +15,7 @@ from rich.console import Console
 
 from models.commands.cli import run_cli
 from models.commands.files import ALL, LATENTS, VIDEOS, earlier_runs, results
-from models.commands.options import PIXELS, refuse
+from models.commands.options import CACHE_HELP, PIXELS, refuse
 
 console = Console(stderr=True)
 MAX_FPS = 1000
@@ -43,6 +43,7 @@ def main(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="files of the VAE may be links to elsewhere")
     ] = False,
+    compile_cache: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/decoded"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:
@@ -51,6 +52,7 @@ def main(
         raise ValueError(f"--dtype {dtype} must be float32, bfloat16 or float16")
     if fps is not None and not 1 <= fps <= MAX_FPS:
         raise ValueError(f"--fps {fps} must be in 1 .. {MAX_FPS}")
+    from models.commands.caches import keep_compiled
     from models.commands.media import require, write_runs
     from models.commands.runs import decode_runs
     from models.pipeline.latents import read_latents
@@ -58,9 +60,11 @@ def main(
 
     pixels = takes_words(checkpoint)
     if pixels:
-        refuse({"dtype": dtype, "follow_links": follow_links}, PIXELS)
+        refuse({"dtype": dtype, "follow_links": follow_links, "compile_cache": compile_cache}, PIXELS)
     saved = read_latents(latents)
     require("av")
+    if not pixels and (uncached := keep_compiled(compile_cache)):
+        console.print(uncached, highlight=False, markup=False, soft_wrap=True)
     with results(out, _replaced(out, latents)) as found:
         vae = None if pixels else checkpoint
         videos = decode_runs(vae, saved, dtype or "float32", follow_links=follow_links)

@@ -23,7 +23,7 @@ from models.commands.cli import run_cli
 from models.commands.files import results, sparing
 from models.commands.hosts import is_first, join, stderr
 from models.commands.jobs import Job, Texts, parse_seeds
-from models.commands.options import DENSE, EMBEDDED, FEW, HOSTS, WORDS, is_given, refuse
+from models.commands.options import CACHE_HELP, DENSE, EMBEDDED, FEW, HOSTS, WORDS, is_given, refuse
 
 _DTYPES = ("float32", "bfloat16")
 _WEIGHTS = ("replicated", "sharded")
@@ -189,10 +189,7 @@ def main(
     follow_links: Annotated[
         bool, typer.Option("--follow-links", help="files of checkpoint and VAE may be links to elsewhere")
     ] = False,
-    compile_cache: Annotated[
-        str | None,
-        typer.Option(help="FOLDER of compiled programs, which later runs reuse, or off; default: the user's cache"),
-    ] = None,
+    compile_cache: Annotated[str | None, typer.Option(help=CACHE_HELP)] = None,
     out: Annotated[Path, typer.Option(help="folder for the results")] = Path("out/sample"),
     debug: Annotated[bool, typer.Option("--debug", help="show the traceback of an error")] = False,
 ) -> None:

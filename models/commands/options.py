@@ -42,8 +42,10 @@ DENSE = dict.fromkeys(
     "it is AdaSpa's, and a --dense run skips nothing",
 )
 """Of `models.sample`, with --dense. Block size and token order stay: dense attention runs in that layout too."""
+CACHE_HELP = "FOLDER of compiled programs, which later runs reuse, or off; default: the user's cache"
+"""Of --compile-cache."""
 PIXELS = dict.fromkeys(
-    ("dtype", "follow_links"), "what this checkpoint samples are pixels, which no decoder has to make"
+    ("dtype", "follow_links", "compile_cache"), "what this checkpoint samples are pixels, which no decoder has to make"
 )
 """Of `models.decode`, with a checkpoint of pixels."""
 

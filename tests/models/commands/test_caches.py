@@ -6,12 +6,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
-from models import sample
+from models import decode, sample
 from models.commands import caches
 from models.commands.caches import keep_compiled
+from models.pipeline.latents import SavedLatents, write_latents
 from models.pipeline.video import VideoPipeline
 from tests.models.commands.fakes import WORDS, Fakes, call
 
@@ -83,6 +85,20 @@ def test_a_folder_that_cannot_be_written_is_refused(
         assert line.startswith(f"error: --compile-cache {folder} cannot be written (")
         assert line.endswith("name another folder, or off")
     assert not (tmp_path / "out").exists()
+
+
+def test_decoders_are_kept_too(
+    wan_pipeline: Path, unset: Path, tmp_path: Path, fakes: Fakes, monkeypatch, capsys
+) -> None:
+    write_latents(tmp_path / "x", SavedLatents({"dense": np.zeros((1, 4, 1, 4, 4), np.float32)}, ["a cat"], 8))
+    arguments = ["--checkpoint", wan_pipeline, "--latents", tmp_path / "x", "--out", tmp_path / "out"]
+    assert call(monkeypatch, decode.main, *arguments, "--compile-cache", "/proc/adaspa") == 2
+    assert capsys.readouterr().err.startswith("error: --compile-cache /proc/adaspa cannot be written (")
+    assert not (tmp_path / "out").exists()
+    assert call(monkeypatch, decode.main, *arguments, "--compile-cache", tmp_path / "kept") == 0
+    assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
+    assert call(monkeypatch, decode.main, *arguments) == 0
+    assert not unset.exists()  # a setting counts
 
 
 def test_the_folder_of_the_user_is_done_without(

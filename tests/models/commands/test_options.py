@@ -119,8 +119,14 @@ ONLY: dict[tuple[str, str], dict[str, Entry]] = {
         "distributed": "is for several hosts",
         **dict.fromkeys(("lora_high_noise", "lora_low_noise"), "has one expert"),
     },
-    ("decode", "words"): dict.fromkeys(("dtype", "follow_links"), "pixels, which no decoder has to make"),
-    ("decode", "latents"): {"dtype": ["--dtype", "bfloat16"], "follow_links": ["--follow-links"]},
+    ("decode", "words"): dict.fromkeys(
+        ("dtype", "follow_links", "compile_cache"), "pixels, which no decoder has to make"
+    ),
+    ("decode", "latents"): {
+        "dtype": ["--dtype", "bfloat16"],
+        "follow_links": ["--follow-links"],
+        "compile_cache": ["--compile-cache", "no/such"],
+    },
 }
 ONLY["sample", "text"] = ONLY["sample", "latents"] | {
     "prompt": ["--prompt", "a dog"],
