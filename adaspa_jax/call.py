@@ -161,7 +161,7 @@ class Call(NamedTuple):
         return made, self.spread.by_head(share, state.places)
 
     def fitted(self, made: StandIns, exact: Array, kept: Array, both: Array, every: int = 1) -> StandIns:
-        """`made` of the strength that brings its output nearest to `exact`, in every so manieth row of a block.
+        """`made` of the strength that brings its output nearest to `exact`, in every `every`-th row of a block.
 
         kept and both as `both` gives them, exact [B, H, rows / every, D].
         """
@@ -171,7 +171,7 @@ class Call(NamedTuple):
         return made._replace(strength=strength(exact, some(kept), some(both), inside, self.spread))
 
     def rows_of_blocks(self, x: Array, every: int) -> Array:
-        """[B, H, rows / every, D]: every so manieth row of each query block of x [B, H, rows, D]."""
+        """[B, H, rows / every, D]: every `every`-th row of each query block of x [B, H, rows, D]."""
         by_block = x.reshape(*x.shape[:2], -1, self.layout.query_block, x.shape[3])
         return by_block[:, :, :, ::every].reshape(*x.shape[:2], -1, x.shape[3])
 

@@ -29,7 +29,7 @@ _CLIP = 6.0
 _ROW_BLOCKS = 64
 """Whose scores are held at a time."""
 SAMPLE = 16
-"""Every so manieth row of a row block is one that strengths are fitted to where dense attention costs extra."""
+"""Rows of a row block for one that strengths are fitted to where dense attention costs extra."""
 
 
 class StandIns(NamedTuple):

@@ -47,8 +47,8 @@ class SparseState(NamedTuple):
     """float32 [B, H]: how far, 0 to 1, attention goes from the kept blocks' output towards that with stand-ins; 0
     without compensation."""
     stand_ins: Array
-    """float32 [B, H], by head: share of the video rows' mass that the stand-ins held as calibrated by the last search;
-    0 without compensation."""
+    """float32 [B, H], by head: share of the video rows' mass that the stand-ins held as calibrated by the last search,
+    at full strength; 0 without compensation."""
     places: Array
     """int32 [B, H]: the head at each place, by which heads are dealt to devices; 0, 1, 2 ... on one."""
 

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from adaspa_jax import SparseConfig
-from adaspa_jax.compensation import pool
+from adaspa_jax.compensation import pool, towards
 from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
 from adaspa_jax.search import select_blocks
 from pallas_kernels import (
@@ -90,7 +90,7 @@ def figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str, 
 
 
 def compensated(blocks: dict[str, Any]) -> Callable[..., Any]:
-    """A sparse step with stand-ins, as the sampler does it on whole blocks: pooled, two kernels, merged."""
+    """A sparse step with stand-ins, as the sampler does it on whole blocks: pooled, two kernels, merged by strength."""
 
     def run(q: Array, k: Array, v: Array, indices: Array, counts: Array, kept: Array, valid: Array) -> Any:
         means = pool(k, v, valid)
@@ -98,7 +98,8 @@ def compensated(blocks: dict[str, Any]) -> Callable[..., Any]:
         own = {name: x for name, x in blocks.items() if name != "block_k"}
         stand_ins = pooled_attention(q, means.k, means.v, bias, kept, return_lse=True, **own)
         found = block_sparse_attention(q, k, v, indices, counts, block_valid=valid, return_lse=True, **blocks)
-        return merge_attention(found, stand_ins)
+        both, _ = merge_attention(found, stand_ins)
+        return towards(found[0], both, jnp.full(q.shape[:2], 0.5))
 
     return run
 

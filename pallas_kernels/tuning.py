@@ -81,6 +81,10 @@ class TpuAttentionTuning:
     resident: bool | None = None
     """Keep K and V of a head in VMEM; None: if they fit the chip."""
 
+    def __post_init__(self) -> None:
+        if self.unroll not in (2, 4, 8):
+            raise ValueError(f"unroll={self.unroll} must be 2, 4 or 8")
+
 
 def tpu_pooled_tuning(tile: int, tiles: int, dtype: Any, generation: int = 5) -> TpuAttentionTuning:
     """Defaults for `tiles` tiles that every query block takes: as few pairs of groups as `tpu_attention_tuning` allows.

@@ -212,7 +212,7 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
     valid: list[tuple[Any, ...]] = [((1, blocks), jnp.int32)] if case.ragged else []
     given = lambda rest: rest[0] if rest else None
     if case.kernel == "block_mass":
-        tile_q, tile_k = mass_tile(block, block, n, n)
+        tile_q, tile_k = mass_tile(block, block, n, n, dtype)
         mass = lambda q, k, lse, *v: mosaic_tpu.block_mass(MassCall(q, k, lse, scale, block, block, given(v)))
         return mass, [x, x, (x[0][:3], jnp.float32), *valid], tile_q * tile_k / 128**2
     tile, listed, tuning = _tuning(case, generation)
@@ -344,7 +344,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     products = 0 if case.kernel == "select" else 1 if case.kernel in ("block_mass", "matmul") else 2
     scoped = scoped_bytes(schedule)
     reread = {
-        "block_mass": mass_tile(case.block, case.block, case.tokens, case.tokens)[0],
+        "block_mass": mass_tile(case.block, case.block, case.tokens, case.tokens, case.dtype)[0],
         "splash": 1024,
         "flash": 2048,
     }

@@ -237,8 +237,8 @@ def resident_bytes(
     lanes, width = max(dim, _LANES), max(tile, _LANES)
     heads = 2 * keys * lanes * itemsize
     bias = 4 * keys // tile * width
-    # Two buffers of scores, and registers spilled of three quarters as many.
-    scores = 2 * 4 * rows * tuning.group * tile * 7 // 4
+    # Two buffers of scores, and registers spilled of three quarters as many, or more of float32 and of longer groups.
+    scores = 2 * 4 * rows * tuning.group * tile * 7 // 4 + ((itemsize == 4 or tuning.group * tile > 2048) << 20)
     state = 4 * rows * together * (_LANES + width + lanes)
     return heads + bias + scores + state + 4 * rows * together * lanes * itemsize
 

@@ -35,7 +35,7 @@ def query_blocks(k: Array | jax.ShapeDtypeStruct, rows: int, blocks: int, tile: 
     together = min(max(1, PROGRAM_ROWS // rows), blocks)
     while together:
         if resident_bytes(k.shape[2], rows, together, k.shape[3], k.dtype.itemsize, tile, tuning) <= most:
-            return together
+            return block_count(blocks, block_count(blocks, together))  # as many in each program
         together //= 2
     return 0
 

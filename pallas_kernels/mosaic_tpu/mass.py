@@ -21,7 +21,7 @@ from pallas_kernels.mosaic_tpu.chip import chip
 
 _LANES = 128
 _PADDED = 20
-"""A larger tile may pad this part of the length."""
+"""A larger tile may pad one token in so many."""
 _MOST_SUMS = 16 << 20
 """Bytes of VMEM, of a tile's sums by key block."""
 
@@ -83,14 +83,16 @@ def _kernel(
         _, row_sum[...] = lax.fori_loop(0, strips, strip, (np.int32(0), jnp.zeros_like(row_sum)))
 
 
-def mass_tile(block_q: int, block_k: int, rows: int, keys: int) -> tuple[int, int]:
+def mass_tile(block_q: int, block_k: int, rows: int, keys: int, dtype: Any) -> tuple[int, int]:
     """Rows and keys of a tile: eight blocks each way or more; twice and three times as many where little is padded.
 
-    A tile begins and ends with 400 cycles that multiply little, as much as 25 blocks take.
+    A tile begins and ends with 400 cycles that multiply little, as much as 25 blocks take. In float32, of six products
+    for one, that is little, and a large tile compiles for minutes.
     """
     tile_q, tile_k = max(1024, 8 * block_q), max(2048, 8 * block_k)
     sums = 4 * block_count(keys, block_k) * 2 * tile_q
-    fits = lambda length, tile: -length % tile <= length // _PADDED
+    narrow = jnp.dtype(dtype).itemsize == 2
+    fits = lambda length, tile: narrow and -length % tile <= length // _PADDED
     wide_q, wide_k = fits(rows, 2 * tile_q) and sums <= _MOST_SUMS, fits(keys, 3 * tile_k)
     return 2 * tile_q if wide_q else tile_q, 3 * tile_k if wide_k else tile_k
 
@@ -119,7 +121,7 @@ def _mass(
     """
     (programs, queries, dim), keys, heads = q.shape, k.shape[1], call.q.shape[1]
     block_q, block_k, scale = call.block_q, call.block_k, call.scale * LOG2E
-    tile_q, tile_k = mass_tile(block_q, block_k, call.q.shape[2], call.k.shape[2])
+    tile_q, tile_k = mass_tile(block_q, block_k, call.q.shape[2], call.k.shape[2], q.dtype)
     used = keys // block_k
     blocks = _LANES * block_count(used, _LANES)
     partial = (valid.reshape(valid.shape[0], keys // tile_k, -1) < block_k).any(-1)
@@ -157,7 +159,7 @@ def _mass(
 def block_mass(call: MassCall) -> tuple[Array, Array]:
     """Attention mass of block pairs; see `pallas_kernels.block_mass`."""
     (batch, heads, rows, _), keys, (nq, nk) = call.q.shape, call.k.shape[2], call.blocks
-    tile_q, tile_k = mass_tile(call.block_q, call.block_k, rows, keys)
+    tile_q, tile_k = mass_tile(call.block_q, call.block_k, rows, keys, call.q.dtype)
     q, k = pad_tokens(call.q, tile_q), pad_tokens(call.k, tile_k)
     shift, weight = call.shift(q.shape[2]) * LOG2E, call.weight(q.shape[2])
     valid = valid_counts(call.block_valid, batch, call.block_k, keys)

@@ -78,4 +78,12 @@ def test_programs_take_every_tile_of_their_lists_once_and_whole_ones_alone_in_tu
             in_turns = groups[masked:steps][blocks[masked:steps] == block].reshape(-1)
             assert set(in_turns) <= set(starts[row][mine & whole[row]] if mine.any() else [])
         assert (groups >= 0).all()
-        assert resident or turns == 0
+        mine = [0] * together if shared else range(program * together, min(lists, (program + 1) * together))
+        lengths = [np.flatnonzero(used[row])[-1:].sum() + used[row].any() for row in mine]
+        needed = [-(-length // group) for length in lengths]
+        partial = [np.flatnonzero(~(used[row] & whole[row])[:n])[-1:] + 1 for row, n in zip(mine, lengths, strict=True)]
+        masked = [
+            -(-(n * group - length + part.sum()) // group)
+            for n, length, part in zip(needed, lengths, partial, strict=True)
+        ]
+        assert turns == (resident and (sum(needed) - sum(masked)) // 4)

@@ -15,6 +15,7 @@ from models.commands import caches
 from models.commands.caches import keep_compiled
 from models.pipeline.latents import SavedLatents, write_latents
 from models.pipeline.video import VideoPipeline
+from models.vae import decoding
 from tests.models.commands.fakes import WORDS, Fakes, call
 
 NAMES = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_enable_compilation_cache")
@@ -97,8 +98,10 @@ def test_decoders_are_kept_too(
     assert not (tmp_path / "out").exists()
     assert call(monkeypatch, decode.main, *arguments, "--compile-cache", tmp_path / "kept") == 0
     assert jax.config.jax_compilation_cache_dir == str(tmp_path / "kept")
-    assert call(monkeypatch, decode.main, *arguments) == 0
-    assert not unset.exists()  # a setting counts
+    monkeypatch.setattr(decoding, "decode_latents", lambda *given, **options: compile_something(5.5) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        call(monkeypatch, decode.main, *arguments)
+    assert (entries(tmp_path / "kept"), entries(unset)) == (1, 0)  # a setting counts
 
 
 def test_the_folder_of_the_user_is_done_without(

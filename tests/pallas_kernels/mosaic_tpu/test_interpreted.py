@@ -24,9 +24,11 @@ NAMES = ("bfloat16", "D 128 bfloat16", "ragged length and blocks", "block 128", 
 GATHERED = [case for case in CASES if case.name in NAMES]
 
 
-def run(case: Case, x: Any, tuning: TpuAttentionTuning, indices: Any = None, interpret: Any = True) -> Any:
+def run(
+    case: Case, x: Any, tuning: TpuAttentionTuning, indices: Any = None, interpret: Any = True, shift: Any = None
+) -> Any:
     indices, blocks = x.indices if indices is None else indices, (case.block_q, case.block_k)
-    call = SparseCall(x.q, x.k, x.v, indices, x.counts, case.head_dim**-0.5, *blocks, x.block_valid, interpret)
+    call = SparseCall(x.q, x.k, x.v, indices, x.counts, case.head_dim**-0.5, *blocks, x.block_valid, interpret, shift)
     return mosaic_tpu.block_sparse_attention(call, tuning)
 
 
@@ -36,11 +38,20 @@ def test_gathered_from_hbm(case: Case) -> None:
     assert_attention(case, x, run(case, x, TpuAttentionTuning(2, 2, resident=False)), selected=True)
 
 
-@pytest.mark.parametrize("unroll", [2, 4])
-def test_resident_at_every_unrolling(unroll: int) -> None:
+@pytest.mark.parametrize("shifted", [False, True])
+@pytest.mark.parametrize("unroll", [2, 4, 8])
+def test_resident_at_every_unrolling(unroll: int, shifted: bool) -> None:
+    """Without a shift a turn is run in parts."""
     case = Case("long lists", rows=300, keys=2500, ragged=True, density=0.8)
     x = operands(case)
-    assert_attention(case, x, run(case, x, TpuAttentionTuning(4, unroll, resident=True)), selected=True)
+    shift = jnp.zeros(x.q.shape[:3]) if shifted else None
+    got = run(case, x, TpuAttentionTuning(4, unroll, resident=True), shift=shift)
+    assert_attention(case, x, got, selected=True)
+
+
+def test_a_turn_of_other_lengths_is_refused() -> None:
+    with pytest.raises(ValueError, match="unroll=6 must be 2, 4 or 8"):
+        TpuAttentionTuning(4, 6)
 
 
 @pytest.mark.parametrize("ragged", [False, True])
@@ -72,10 +83,11 @@ def test_poisoned_lists_are_never_read(resident: bool) -> None:
 def test_mass_in_large_tiles() -> None:
     """Those of long videos, of 2048 rows by 6144 keys; the last of each is not full, nor is a block."""
     rows, keys = 2000, 6100
-    assert mass_tile(128, 128, rows, keys) == (2048, 6144)
-    assert mass_tile(128, 128, 1500, 4000) == (1024, 2048)
+    assert mass_tile(128, 128, rows, keys, "bfloat16") == (2048, 6144)
+    assert mass_tile(128, 128, 1500, 4000, "bfloat16") == (1024, 2048)
+    assert mass_tile(128, 128, rows, keys, "float32") == (1024, 2048)
     rng = np.random.default_rng(0)
-    q, k = (jnp.asarray(rng.standard_normal((1, 1, n, 64)), jnp.float32) for n in (rows, keys))
+    q, k = (jnp.asarray(rng.standard_normal((1, 1, n, 64)), jnp.bfloat16) for n in (rows, keys))
     valid = jnp.full((1, 48), 128).at[0, 5].set(60)
     how: dict[str, Any] = {"block_q": 128, "block_k": 128, "block_valid": valid, "return_row_sum": True}
     lse = jnp.full((1, 1, rows), 9.0)
