@@ -118,6 +118,7 @@ class Call(NamedTuple):
             block_k=self.layout.block,
             block_valid=self.block_valid,
             shift=lse,
+            score_precision=self.config.score_precision,
             return_lse=return_lse,
             implementation=self.implementation,
         )

@@ -13,6 +13,7 @@ from jax import Array
 
 from adaspa_jax.layout import TokenLayout, TokenOrder
 from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
+from pallas_kernels import ScorePrecision
 
 Compensation = Literal["none", "pooled"]
 _LEAST_POOLED_BLOCK = 16
@@ -81,6 +82,8 @@ class SparseConfig:
     """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
     compensation: Compensation = "none"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
+    score_precision: ScorePrecision = "input"
+    """What the scores of kept blocks are multiplied in: the dtype of q and k, or "int8" on a TPU."""
     query_block_size: int | None = None
     """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 
@@ -100,6 +103,9 @@ class SparseConfig:
         self._check_steps(self.search)
         if self.token_order not in get_args(TokenOrder):
             raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
+        if self.score_precision not in get_args(ScorePrecision):
+            names = ", ".join(get_args(ScorePrecision))
+            raise ValueError(f"score_precision={self.score_precision!r} must be one of {names}")
         self._check_compensation()
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must not be negative")

@@ -94,6 +94,7 @@ def variants(steps: int) -> dict[str, SparseConfig]:
         "none": none,
         "none, raster (paper)": change(none, token_order="raster"),
         "none, block 128": change(none, block_size=128),
+        "none, int8 scores": change(none, score_precision="int8"),
         "pooled": pooled,
         "pooled, no tiers": change(pooled, head_adaptive=False),
         "pooled, exact LSE": change(pooled, lse_cache=False),

@@ -46,7 +46,7 @@ def _changes(given: dict[str, Any]) -> dict[str, Any]:
     """The options of SparseConfig that were given."""
     named = {"search_step": "search_steps", "dense_layer": "dense_layers"}
     same = ("sparsity", "block_size", "query_block_size", "steps", "token_order", "dense_last_steps")
-    same += ("share_cfg_indices", "compensation")  # type: ignore[assignment]
+    same += ("share_cfg_indices", "compensation", "score_precision")  # type: ignore[assignment]
     found = {named.get(name, name): given[name] for name in (*same, *named) if is_given(given[name])}
     few = _timesteps(given["timesteps"])
     return found if few is None else found | {"steps": len(few)}
@@ -138,6 +138,9 @@ def main(
     ] = False,
     compensation: Annotated[
         str | None, typer.Option(help="what stands for skipped blocks: none or pooled; default: none")
+    ] = None,
+    score_precision: Annotated[
+        str | None, typer.Option(help="of the kept blocks' scores: input, or int8 on a TPU; default: input")
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")

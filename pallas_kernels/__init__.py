@@ -8,10 +8,12 @@ from pallas_kernels.api import (
     pooled_attention,
 )
 from pallas_kernels.blocks import ascending, lookup, pack_bits, partial_first, unpack_bits
+from pallas_kernels.calls import ScorePrecision
 from pallas_kernels.dispatch import Implementation, resolve_implementation
 
 __all__ = [
     "Implementation",
+    "ScorePrecision",
     "ascending",
     "block_mass",
     "block_sparse_attention",

@@ -8,6 +8,8 @@ from jax import Array
 
 from pallas_kernels.blocks import MASKED, block_count, expand_valid, unpack_bits
 
+ScorePrecision = Literal["input", "int8"]
+"""What scores are multiplied in: the dtype of q and k, or int8, see `quantized`."""
 Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention", "pooled_attention"]
 
 
@@ -21,6 +23,7 @@ class Request:
     block_q: int | None = None
     block_k: int | None = None
     interpret: bool = False
+    score_precision: ScorePrecision = "input"
 
 
 @dataclass(frozen=True)
@@ -72,12 +75,13 @@ class SparseCall:
     interpret: bool = False
     shift: Array | None = None
     """float32 [B, H, Nq], near each row's largest score, natural log; a hint that changes speed alone."""
+    score_precision: ScorePrecision = "input"
 
     @property
     def request(self) -> Request:
         """What decides who can serve it."""
         dim, blocks = self.q.shape[3], (self.block_q, self.block_k)
-        return Request("block_sparse_attention", self.q.dtype, dim, *blocks, self.interpret)
+        return Request("block_sparse_attention", self.q.dtype, dim, *blocks, self.interpret, self.score_precision)
 
 
 @dataclass(frozen=True)

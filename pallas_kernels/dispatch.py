@@ -64,6 +64,8 @@ def choose(implementation: Implementation | None, request: Request) -> tuple[Imp
         module = backend(name)
         reason = module.unsupported(request)
         if reason is None:
+            if reasons and request.score_precision != "input":
+                raise NotImplementedError(f"cannot run {request.kernel} here: {'; '.join(reasons)}; use 'input'")
             if name == "xla" and reasons:
                 _say_once(f"{request.kernel} runs on slow XLA ({'; '.join(reasons)})")
             return name, module

@@ -6,6 +6,7 @@ from jax import Array
 
 from pallas_kernels.blocks import block_count, expand_blocks, expand_valid, numbers, unpack_bits
 from pallas_kernels.calls import DenseCall, MassCall, PooledCall, Request, SparseCall
+from pallas_kernels.quantized import emulated
 
 
 def unsupported(request: Request) -> str | None:
@@ -56,6 +57,8 @@ def block_mass(call: MassCall) -> tuple[Array, Array]:
 
 def block_sparse_attention(call: SparseCall) -> tuple[Array, Array]:
     """Attention over selected blocks; see `pallas_kernels.block_sparse_attention`."""
+    if call.score_precision == "int8":
+        return emulated(call, block_sparse_attention)
     q, k = call.q, call.k
     batch, rows, cols = q.shape[0], q.shape[2], k.shape[2]
     nk, kmax = block_count(cols, call.block_k), call.indices.shape[-1]

@@ -55,8 +55,8 @@ from benchmarks.tpu.schedule import CHIPS, Chip, loops, schedules, scoped_bytes,
 from models.commands.cli import run_cli
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.blocks import block_count
-from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
-from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, POOLED_ROWS, query_blocks
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
+from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, NO_INT8, POOLED_ROWS, query_blocks
 from pallas_kernels.mosaic_tpu.chip import chip as tpu_chip
 from pallas_kernels.mosaic_tpu.mass import mass_tile
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
@@ -75,7 +75,8 @@ class Case:
     """One kernel of the table."""
 
     kernel: str
-    """dense, block_mass, select, block_sparse, gathered (K and V in HBM), pooled, splash, flash or matmul."""
+    """dense, block_mass, select, block_sparse, int8_scores (block-sparse with them), gathered (K and V in HBM), pooled,
+    splash, flash or matmul."""
     block: int = 128
     head_dim: int = 128
     dtype: str = "bfloat16"
@@ -94,12 +95,13 @@ class Case:
         """Share of the blocks that it computes."""
         if self.kernel == "pooled":
             return 1 / self.block
-        return DENSITY if self.kernel in ("block_sparse", "gathered") else 1.0
+        return DENSITY if self.kernel in ("block_sparse", "int8_scores", "gathered") else 1.0
 
 
 MAIN = (
     Case("dense"),
     *(Case(kernel, block) for kernel in ("block_sparse", "block_mass", "select", "pooled") for block in (128, 64)),
+    Case("int8_scores"),
 )
 MATRIX = (
     *MAIN,
@@ -133,6 +135,7 @@ LIST_TARGETS: Targets = {
 """The same of whole lists."""
 
 
+_ATTENTION = ("dense", "block_sparse", "int8_scores", "gathered", "pooled")
 _MATMUL = 1024
 
 
@@ -229,8 +232,9 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
         pooled = lambda q, k, v, s, m: mosaic_tpu.pooled_attention(PooledCall(q, k, v, s, m, scale, block), tuning)
         means = ((*rows, case.head_dim), dtype)
         return pooled, [x, means, means, (rows, jnp.float32), ((*rows, block_count(blocks, 32)), jnp.uint32)], turn
+    precision: ScorePrecision = "int8" if case.kernel == "int8_scores" else "input"
     sparse = lambda q, k, v, i, c, s, *b: mosaic_tpu.block_sparse_attention(
-        SparseCall(q, k, v, i, c, scale, block, block, given(b), shift=s), tuning
+        SparseCall(q, k, v, i, c, scale, block, block, given(b), shift=s, score_precision=precision), tuning
     )
     shift = (x[0][:3], jnp.float32)
     return sparse, [x, x, x, ((*rows, listed), jnp.uint16), (rows, jnp.int32), shift, *valid], turn
@@ -275,7 +279,7 @@ def _hbm_ms(case: Case, chip: Chip, rows: float) -> float:
 def _schedule(case: Case) -> Path:
     names = {"splash": "splash", "flash": "flash", "matmul": "matmul", "select": "-sort-"}
     # Of the two kernels of a call the one with a shift, which runs unless the shift is far off.
-    names |= dict.fromkeys(("dense", "block_sparse", "gathered", "pooled"), "adaspa_shifted")
+    names |= dict.fromkeys(_ATTENTION, "adaspa_shifted")
     found = schedules(Path(_DUMP.name), names.get(case.kernel, "adaspa"))
     return max(found, key=lambda path: path.stat().st_size)
 
@@ -306,9 +310,11 @@ def _lists(case: Case, mesh: Mesh) -> int:
     tile, _, tuning = _tuning(case, generation_of(mesh))
     rows = 128 if case.kernel == "dense" else case.block
     keys = tile * block_count(case.tokens, tile)
-    k = jax.ShapeDtypeStruct((1, 1, keys, case.head_dim), jnp.dtype(case.dtype))
+    int8 = case.kernel == "int8_scores" and generation_of(mesh) < NO_INT8
+    dtype = jnp.dtype("int8" if int8 else case.dtype)
+    k, values = jax.ShapeDtypeStruct((1, 1, keys, case.head_dim), dtype), jnp.dtype(case.dtype).itemsize
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-        return query_blocks(k, rows, block_count(case.tokens, rows), tile, tuning)
+        return query_blocks(k, rows, block_count(case.tokens, rows), tile, tuning, values)
 
 
 def generation_of(mesh: Mesh) -> int:
@@ -321,7 +327,7 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     """One row of the table."""
     for path in Path(_DUMP.name).iterdir():
         path.unlink()
-    attention = case.kernel in ("dense", "block_sparse", "gathered", "pooled")
+    attention = case.kernel in _ATTENTION
     mesh = chip_mesh(chip)
     generation = generation_of(mesh)
     if case.kernel == "select":

@@ -38,7 +38,16 @@ HOSTS = dict.fromkeys(
 FEW = {"steps": "--timesteps say how many there are"}
 """Of `models.sample`, with --timesteps."""
 DENSE = dict.fromkeys(
-    ("preset", "sparsity", "search_step", "dense_layer", "dense_last_steps", "share_cfg_indices", "compensation"),
+    (
+        "preset",
+        "sparsity",
+        "search_step",
+        "dense_layer",
+        "dense_last_steps",
+        "share_cfg_indices",
+        "compensation",
+        "score_precision",
+    ),
     "it is AdaSpa's, and a --dense run skips nothing",
 )
 """Of `models.sample`, with --dense. Block size and token order stay: dense attention runs in that layout too."""

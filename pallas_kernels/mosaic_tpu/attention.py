@@ -39,27 +39,40 @@ DROPPED = 1 << 30
 
 
 def contract(a: Array, b: Array, axis: int, dtype: Any) -> Array:
-    """float32 a · b over the last axis of `a` and `axis` of `b`; float32 inputs at full precision."""
+    """float32 a · b over the last axis of `a` and `axis` of `b`, of `dtype` both; float32 at full precision."""
+    if jnp.dtype(dtype) == jnp.int8:
+        whole = lax.dot_general(a, b, (((1,), (axis,)), ((), ())), preferred_element_type=jnp.int32)
+        return whole.astype(jnp.float32)
     exact = jnp.dtype(dtype) == jnp.float32
     precision = lax.Precision.HIGHEST if exact else lax.Precision.DEFAULT
     return lax.dot_general(a, b, (((1,), (axis,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
 
 
 class _Softmax:
-    """The online softmax of a program's query blocks, its state in VMEM; with a shift in place of the maximum.
+    """The online softmax of a program's query blocks, its state in VMEM.
+
+    With a shift in place of the maximum, and scores that are to be multiplied by one scale, or each row's by its own.
 
     Refs hold the blocks one below the other: m [blocks * rows, 1], total [blocks * rows, keys of a tile], acc
-    [blocks * rows, D]. The shift is [blocks, rows].
+    [blocks * rows, D], scales like m. `by_row` may have "shift" and "row_scale", [blocks, rows].
     """
 
-    def __init__(self, scratch: tuple[Any, ...], bias: Any, table: Any, shift: Any, tile: int, scale: float):
-        self.m, self.total, self.acc = scratch
-        self.bias, self.table, self.tile, self.scale, self.shifted = bias, table, tile, scale, shift is not None
+    def __init__(
+        self,
+        scratch: tuple[Any, ...],
+        bias: Any,
+        table: Any,
+        by_row: dict[str, Any],
+        tile: int,
+        scale: float,
+    ):
+        self.m, self.total, self.acc, *scales = scratch
+        self.bias, self.table, self.tile, self.scale, self.shifted = bias, table, tile, scale, "shift" in by_row
+        self.scales = scales[0] if scales else None
+        if self.scales is not None:
+            _below_one_another(by_row["row_scale"][...] * np.float32(scale), self.scales)
         if self.shifted:
-            count, rows = shift.shape
-            columns = shift[...].T
-            for i in range(count):
-                self.m[i * rows : (i + 1) * rows] = columns[:, i : i + 1]
+            _below_one_another(by_row["shift"][...], self.m)
         else:
             self.m[...] = jnp.full_like(self.m, FLOOR)
         self.total[...] = jnp.zeros_like(self.total)
@@ -90,12 +103,13 @@ class _Softmax:
         part = lambda i: scores[:, i : i + width]
         score = part if entry is None else lambda i: self.biased(part(i), entry + i // self.tile)
         m, shrink = self.m[here], None
+        scale = self.scale if self.scales is None else self.scales[here]
         if not self.shifted:
             top = functools.reduce(jnp.maximum, (score(i) for i in starts))
-            before, m = m, jnp.maximum(m, top.max(1, keepdims=True) * self.scale)
+            before, m = m, jnp.maximum(m, top.max(1, keepdims=True) * scale)
             self.m[here] = m
             shrink = jnp.exp2(before - m)
-        p = [jnp.exp2(score(i) * self.scale - m) for i in starts]
+        p = [jnp.exp2(score(i) * scale - m) for i in starts]
         dtype = values.dtype
         product = contract(jnp.concatenate([x.astype(dtype) for x in p], 1), values, 0, dtype)
         kept = lambda x: x if shrink is None else x * shrink
@@ -113,6 +127,13 @@ class _Softmax:
             column = jnp.where(good, column, jnp.nan)
         count, rows = lse.shape
         lse[...] = jnp.concatenate([column[i * rows : (i + 1) * rows] for i in range(count)], 1).T
+
+
+def _below_one_another(rows: Array, column: Any) -> None:
+    """Writes [blocks, rows] to a ref [blocks * rows, 1]."""
+    (count, length), columns = rows.shape, rows.T
+    for i in range(count):
+        column[i * length : (i + 1) * length] = columns[:, i : i + 1]
 
 
 def _scratch(rows: int, dim: int, width: int) -> list[Any]:
@@ -151,6 +172,9 @@ def _resident_kernel(
     k: Any,
     v: Any,
     bias: Any,
+    by_row: dict[str, Any],
+    out: Any,
+    lse: Any,
     *rest: Any,
     rows: int,
     tile: int,
@@ -158,12 +182,12 @@ def _resident_kernel(
     tuning: TpuAttentionTuning,
     scale: float,
 ) -> None:
-    """Some query blocks; K and V of the head in VMEM. `rest` begins with the shift, if there is one.
+    """Some query blocks; K and V of the head in VMEM. `rest` is scratch.
 
     A turn of whole tiles is run in parts of `unroll` groups.
     """
-    *shift, out, lse, m, total, acc, even, odd = rest
-    softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
+    m, total, acc, *scales, even, odd = rest
+    softmax = _Softmax((m, total, acc, *scales), bias, table, by_row, tile, scale)
     place, buffers = _Steps(table, rows, tile, tuning.group), (even, odd)
 
     def multiply(step: Any, scores: Any) -> None:
@@ -190,6 +214,9 @@ def _gathered_kernel(
     q: Any,
     kv: Any,
     bias: Any,
+    by_row: dict[str, Any],
+    out: Any,
+    lse: Any,
     *rest: Any,
     rows: int,
     tile: int,
@@ -197,8 +224,8 @@ def _gathered_kernel(
     scale: float,
 ) -> None:
     """Some query blocks; K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
-    *shift, out, lse, m, total, acc, even, odd, ring, arrived = rest
-    softmax = _Softmax((m, total, acc), bias, table, shift[0] if shift else None, tile, scale)
+    m, total, acc, *scales, even, odd, ring, arrived = rest
+    softmax = _Softmax((m, total, acc, *scales), bias, table, by_row, tile, scale)
     head, group = pl.program_id(0), tuning.group
     place, halves = _Steps(table, rows, tile, group), [pl.ds(j * group * tile, group * tile) for j in range(2)]
 
@@ -231,15 +258,24 @@ def _gathered_kernel(
 
 
 def resident_bytes(
-    keys: int, rows: int, together: int, dim: int, itemsize: int, tile: int, tuning: TpuAttentionTuning
+    keys: int,
+    rows: int,
+    together: int,
+    dim: int,
+    itemsizes: tuple[int, int],
+    tile: int,
+    tuning: TpuAttentionTuning,
 ) -> int:
-    """VMEM that the resident kernel needs, in bytes; rows of fewer than 128 lanes are padded to them."""
-    lanes, width = max(dim, _LANES), max(tile, _LANES)
-    heads = 2 * keys * lanes * itemsize
+    """VMEM that the resident kernel needs, in bytes; rows of fewer than 128 lanes are padded to them.
+
+    `itemsizes` are those of K and of V.
+    """
+    lanes, width, itemsize = max(dim, _LANES), max(tile, _LANES), itemsizes[1]
+    heads = sum(itemsizes) * keys * lanes
     bias = 4 * keys // tile * width
     # Two buffers of scores, and registers spilled of three quarters as many, or more of float32 and of longer groups.
     scores = 2 * 4 * rows * tuning.group * tile * 7 // 4 + ((itemsize == 4 or tuning.group * tile > 2048) << 20)
-    state = 4 * rows * together * (_LANES + width + lanes)
+    state = 4 * rows * together * (_LANES * (1 + (itemsizes[0] == 1)) + width + lanes)
     return heads + bias + scores + state + 4 * rows * together * lanes * itemsize
 
 
@@ -257,6 +293,7 @@ def attention(
     table: Array,
     bias: Array,
     shift: Array | None = None,
+    row_scale: Array | None = None,
     *,
     rows: int,
     together: int,
@@ -271,13 +308,14 @@ def attention(
 
     Args:
       q: [B*H, Nq, D]; rows of the last block past its end are never written.
-      kv: K and V, [B*H, Nk, D] each, Nk a multiple of `tile`, to lie in VMEM, a head at a time; or what `packed` makes
-        of them, to be gathered from HBM.
+      kv: K, of q's dtype, and V, [B*H, Nk, D] each, Nk a multiple of `tile`, to lie in VMEM, a head at a time; or what
+        `packed` makes of them, of one dtype, to be gathered from HBM.
       table: int32 [B*H or B, programs or 1, L], of `lists.tables`.
       bias: float32 [B, Nk / tile + 1, max(tile, 128)] added to the scores of a tile; the last row masks all. With a
         bias of their own for smaller query blocks, an equal number in `rows` rows, one of which is a program, and a
         tile of 128 or more keys: [B*H, query blocks, Nk / tile + 1, tile].
       shift: float32 [B*H, Nq], natural log, in place of each row's maximum.
+      row_scale: float32 [B*H, Nq], times the scores besides `scale`.
       rows: of a query block.
       together: query blocks of a program.
       tile: keys of a tile.
@@ -288,7 +326,7 @@ def attention(
       interpret: passed to pallas_call.
 
     Returns:
-      out [B*H, Nq, D] in q's dtype and lse float32 [B*H, Nq], NaN for a row too far from its shift, whose out is wrong.
+      out [B*H, Nq, D] in V's dtype and lse float32 [B*H, Nq], NaN for a row too far from its shift, whose out is wrong.
     """
     (heads_all, queries, dim), resident, all_rows = q.shape, len(kv) == 2, rows * together
     programs = block_count(queries, all_rows)
@@ -301,6 +339,7 @@ def attention(
         pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
     ]
     scratch = _scratch(all_rows, dim, max(tile, _LANES))
+    scratch += [] if row_scale is None else [pltpu.VMEM((all_rows, 1), jnp.float32)]
     scratch += [pltpu.VMEM((rows, tuning.group * tile), jnp.float32)] * 2
     operands += kv
     if resident:
@@ -315,26 +354,26 @@ def attention(
     else:
         specs.append(pl.BlockSpec((None, bias.shape[1] // programs, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
     of_blocks = pl.BlockSpec((None, None, together, rows), lambda h, i: (h, i, 0, 0))
-    if shift is not None:
-        padded = jnp.pad(shift * jnp.float32(LOG2E), ((0, 0), (0, programs * all_rows - queries)))
-        operands.append(padded.reshape(heads_all, programs, together, rows))
-        specs.append(of_blocks)
+    cut = lambda x: jnp.pad(x, ((0, 0), (0, programs * all_rows - queries))).reshape(-1, programs, together, rows)
+    by_row = {} if shift is None else {"shift": cut(shift * jnp.float32(LOG2E))}
+    by_row |= {} if row_scale is None else {"row_scale": cut(row_scale)}
     kernel = functools.partial(_gathered_kernel, rows=rows, tile=tile, tuning=tuning, scale=scale * LOG2E)
     if resident:
-        used = resident_bytes(kv[0].shape[1], rows, together, dim, q.dtype.itemsize, tile, tuning)
+        itemsizes = kv[0].dtype.itemsize, kv[1].dtype.itemsize
+        used = resident_bytes(kv[0].shape[1], rows, together, dim, itemsizes, tile, tuning)
         # To seek maxima takes more registers.
         most = tuning.unroll if shift is not None else 4 if used + _SEEKING_BYTES <= vmem_bytes else 2
         kernel = functools.partial(_resident_kernel, **kernel.keywords, unroll=min(most, tuning.unroll))
     out, lse = pl.pallas_call(
         kernel,
         grid=(heads_all, programs),
-        in_specs=specs,
+        in_specs=[*specs, dict.fromkeys(by_row, of_blocks)],
         out_specs=[
             pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
             of_blocks,
         ],
         out_shape=[
-            varying.result(q.shape, q.dtype, *operands),
+            varying.result(q.shape, kv[-1].dtype, *operands),
             varying.result((heads_all, programs, together, rows), jnp.float32, *operands),
         ],
         scratch_shapes=scratch,
@@ -346,5 +385,5 @@ def attention(
         ),
         interpret=interpret,
         name=f"adaspa_{'attention' if shift is None else 'shifted'}_{'resident' if resident else 'gathered'}",
-    )(*operands)
+    )(*operands, by_row)
     return out, lse.reshape(heads_all, -1)[:, :queries]

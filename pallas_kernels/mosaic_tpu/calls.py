@@ -1,5 +1,6 @@
 """Attention on a TPU, dense, over lists of key blocks, over pooled keys: where K and V go, their lists, the kernel."""
 
+import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
@@ -13,6 +14,7 @@ from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, packed, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tables, tile_bias
+from pallas_kernels.quantized import quantize
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
 PROGRAM_ROWS = 1024
@@ -22,19 +24,29 @@ POOLED_ROWS = 2048
 MOST_SHIFT = 40.0
 """Nats: dense attention takes a bound on its scores as their shift up to this. A row's largest score is rarely below 0,
 and down to 4 nats below, 44 off, its sum stays within the range of the kernel."""
+NO_INT8 = 7
+"""The first generation whose matrix unit does not multiply int8: the same numbers go in as bfloat16, no faster."""
 GATHERED_ROWS = 512
 """Of a dense query block where K and V come from HBM: fewer would wait for them."""
 
 
-def query_blocks(k: Array | jax.ShapeDtypeStruct, rows: int, blocks: int, tile: int, tuning: TpuAttentionTuning) -> int:
+def query_blocks(
+    k: Array | jax.ShapeDtypeStruct,
+    rows: int,
+    blocks: int,
+    tile: int,
+    tuning: TpuAttentionTuning,
+    values: int | None = None,
+) -> int:
     """Query blocks of a program that keeps K and V of a head in VMEM; 0 if they do not fit.
 
-    As many as PROGRAM_ROWS asks for and a chip has room for besides. k: [B, H, N, D], padded to tiles.
+    As many as PROGRAM_ROWS asks for and a chip has room for besides. k: [B, H, N, D], padded to tiles;
+    `values`: bytes of a number of V, if not as many as of K.
     """
     most = chip().vmem_bytes if tuning.resident is None else math.inf if tuning.resident else -1
-    together = min(max(1, PROGRAM_ROWS // rows), blocks)
+    together, itemsizes = min(max(1, PROGRAM_ROWS // rows), blocks), (k.dtype.itemsize, values or k.dtype.itemsize)
     while together:
-        if resident_bytes(k.shape[2], rows, together, k.shape[3], k.dtype.itemsize, tile, tuning) <= most:
+        if resident_bytes(k.shape[2], rows, together, k.shape[3], itemsizes, tile, tuning) <= most:
             return block_count(blocks, block_count(blocks, together))  # as many in each program
         together //= 2
     return 0
@@ -48,22 +60,24 @@ def _kernel(
     bias: Array,
     together: int,
     shared: bool = False,
+    row_scale: Array | None = None,
     **options: Any,
 ) -> Callable[..., tuple[Array, Array]]:
     """The kernel of a call, K and V padded to tiles: a function of the shift [B, H, Nq], or of nothing.
 
     `tiles`, each [B, H or 1, Nq / rows or, `shared`, 1, tiles]: first keys, whether a list has the tile, whether it is
-    whole. `together`: query blocks of a program, 0 for those whose keys are gathered.
+    whole. `together`: query blocks of a program, 0 for those whose keys are gathered. `row_scale`: float32 [B, H, Nq].
     """
     q, resident, together = call.q, together > 0, max(together, 1)
     table = merge_heads(tables(*tiles, together, shared, options["tuning"], resident))
     options |= {"heads": q.shape[1], "together": together, "scale": call.scale, "interpret": call.interpret}
     keys, values = merge_heads(k), merge_heads(v)
     kv = (keys, values) if resident else (packed(keys, values, options["tile"]),)
+    scales = None if row_scale is None else merge_heads(row_scale)
 
     def run(shift: Array | None = None) -> tuple[Array, Array]:
         near = None if shift is None else merge_heads(shift)
-        out, lse = attention(merge_heads(q), kv, table, bias, near, vmem_bytes=chip().vmem_bytes, **options)
+        out, lse = attention(merge_heads(q), kv, table, bias, near, scales, vmem_bytes=chip().vmem_bytes, **options)
         return out.reshape(q.shape), lse.reshape(q.shape[:3])
 
     return run
@@ -111,21 +125,36 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
 
 def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    q, batch, keys, kmax, tile = call.q, call.q.shape[0], call.k.shape[2], call.indices.shape[3], call.block_k
-    tuning = tuning or tpu_attention_tuning(tile, kmax, q.dtype, chip().generation)
+    if call.score_precision == "input":
+        return _over_lists(call, tuning)
+    z = quantize(call)
+    shift = None if call.shift is None else call.shift - z.offset
+    out, lse = _over_lists(dataclasses.replace(call, q=z.q, k=z.k, shift=shift), tuning, z.row_scale)
+    return out, lse + z.offset
+
+
+def _over_lists(
+    call: SparseCall, tuning: TpuAttentionTuning | None, row_scale: Array | None = None
+) -> tuple[Array, Array]:
+    """Of q and k as they are, or int8 with `row_scale`."""
+    batch, keys, kmax, tile = call.q.shape[0], call.k.shape[2], call.indices.shape[3], call.block_k
+    tuning = tuning or tpu_attention_tuning(tile, kmax, call.v.dtype, chip().generation)
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
     bias, whole = tile_bias(call.block_valid, batch, tile, keys, k.shape[2], tile)
     indices, counts = call.indices.astype(jnp.int32), call.counts.astype(jnp.int32)
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
-    together = query_blocks(k, call.block_q, indices.shape[2], tile, tuning)
-    run = _kernel(call, k, v, lists, bias, together, rows=call.block_q, tile=tile, tuning=tuning)
+    fits = lambda k: query_blocks(k, call.block_q, indices.shape[2], tile, tuning, v.dtype.itemsize)
+    if chip().generation >= NO_INT8 or not fits(k):  # gathered keys and values are of one dtype, which holds int8
+        call, k = dataclasses.replace(call, q=call.q.astype(v.dtype)), k.astype(v.dtype)
+    together = fits(k)
+    run = _kernel(call, k, v, lists, bias, together, row_scale=row_scale, rows=call.block_q, tile=tile, tuning=tuning)
     if call.shift is None:
         return run()
     some = used
     if call.block_valid is not None:
         some &= lookup((call.block_valid > 0)[:, None, None], jnp.where(used, indices, 0))
-    seen = expand_blocks(some.any(-1), call.block_q, q.shape[2], 2)
+    seen = expand_blocks(some.any(-1), call.block_q, call.q.shape[2], 2)
     return _shifted(run, call.shift, seen)
 
 

@@ -38,6 +38,7 @@ BOTH: dict[str, dict[str, Entry]] = {
         "dense_layer": ["--dense-layer", 0],
         "dense_last_steps": ["--dense-last-steps", 1],
         "compensation": ["--compensation", "pooled"],
+        "score_precision": ["--score-precision", "int8"],
         "dtype": ["--dtype", "bfloat16"],
         "dense": ["--dense"],
         "timesteps": ["--timesteps", "1000,500"],

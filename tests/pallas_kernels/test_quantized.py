@@ -1,0 +1,101 @@
+"""Scores in int8: near the exact ones, whatever all keys have in common, and the same in every implementation."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import Array
+
+from pallas_kernels import block_sparse_attention, dispatch, mosaic_tpu
+from pallas_kernels.calls import Request, SparseCall
+from pallas_kernels.quantized import quantize
+from pallas_kernels.tuning import TpuAttentionTuning
+from tests.kernel_cases import CASES, Case, how, in_matrix, operands
+
+NAMES = ("D 128 bfloat16", "ragged length and blocks", "more keys than rows", "block 128", "density 0")
+SERVED = [case for case in CASES if case.name in NAMES]
+
+
+def attend(case: Case, x: Any, implementation: str, **options: Any) -> tuple[Array, Array]:
+    """Over the case's lists, with int8 scores unless `options` say otherwise."""
+    blocks = {"block_q": case.block_q, "block_k": case.block_k, "block_valid": x.block_valid, "return_lse": True}
+    options = {"score_precision": "int8", **how(implementation), **options}
+    run = jax.jit(lambda *a: block_sparse_attention(*a, **blocks, **options))
+    out: tuple[Array, Array] = run(x.q, x.k, x.v, x.indices, x.counts)
+    return out
+
+
+def assert_close(got: tuple[Array, Array], expected: tuple[Array, Array], out: float, lse: float) -> None:
+    np.testing.assert_array_equal(np.isneginf(got[1]), np.isneginf(expected[1]))
+    seen = np.isfinite(expected[1])
+    np.testing.assert_allclose(np.asarray(got[1])[seen], np.asarray(expected[1])[seen], atol=lse)
+    np.testing.assert_allclose(np.asarray(got[0], np.float32), np.asarray(expected[0], np.float32), atol=out)
+
+
+@pytest.mark.parametrize(
+    ("case", "implementation"),
+    [in_matrix(case, name) for case in SERVED for name in ("xla", "mosaic_tpu")],
+)
+@pytest.mark.parametrize("shifted", [False, True])
+def test_implementations_agree(case: Case, implementation: str, shifted: bool) -> None:
+    x = operands(case)
+    expected = attend(case, x, "reference")
+    shift = {"shift": jnp.where(jnp.isfinite(expected[1]), expected[1], 0.0)} if shifted else {}
+    rounding = 2e-2 if case.dtype == "bfloat16" else 2e-5  # probabilities are of the values' dtype
+    assert_close(attend(case, x, implementation, **shift), expected, rounding, 2e-5)
+
+
+@pytest.mark.parametrize("resident", [False, True])
+def test_gathered_keys_are_the_same_numbers(resident: bool) -> None:
+    case = Case("D 128 bfloat16", head_dim=128, dtype="bfloat16", ragged=True)
+    x = operands(case)
+    call = SparseCall(x.q, x.k, x.v, x.indices, x.counts, 128**-0.5, 64, 64, x.block_valid, True, None, "int8")
+    got = mosaic_tpu.block_sparse_attention(call, TpuAttentionTuning(2, 2, resident=resident))
+    assert_close(got, attend(case, x, "reference"), 2e-2, 2e-5)
+
+
+@pytest.mark.parametrize("common", [0.0, 20.0])
+def test_scores_are_near_whatever_all_keys_have_in_common(common: float) -> None:
+    """What a mean adds to a row's scores is exact, in the LSE too."""
+    case = Case("plain", rows=256, keys=512, head_dim=64, density=0.6)
+    x = operands(case)
+    x = dataclasses.replace(x, k=x.k + common * jax.random.normal(jax.random.key(3), (1, 2, 1, 64)))
+    exact = attend(case, x, "reference", score_precision="input")
+    assert_close(attend(case, x, "reference"), exact, 0.05, 0.05)
+
+
+def test_numbers_that_are_quantised() -> None:
+    case = Case("ragged length and blocks", rows=333, keys=333, ragged=True)
+    x = operands(case)
+    valid = np.concatenate([np.arange(64) < n for n in np.asarray(x.block_valid[0])])[:333]
+    anything = jnp.where(valid[:, None], x.k, jnp.nan)
+    call = SparseCall(x.q, anything, x.v, x.indices, x.counts, 0.125, 64, 64, x.block_valid)
+    z = quantize(call)
+    assert (z.q.dtype, z.k.dtype) == (jnp.int8, jnp.int8)
+    assert int(jnp.abs(z.q).max(3).min()) == 127  # every row uses the whole range
+    assert not np.asarray(z.k)[:, :, ~valid].any()
+    exact = jnp.einsum("bhqd,bhkd->bhqk", call.q, call.k)[..., valid] * 0.125
+    ours = jnp.einsum("bhqd,bhkd->bhqk", z.q.astype(jnp.float32), z.k.astype(jnp.float32))[..., valid]
+    ours = 0.125 * ours * z.row_scale[..., None] + z.offset[..., None]
+    assert float(jnp.abs(ours - exact).max()) < 0.1
+    np.testing.assert_array_equal(quantize(dataclasses.replace(call, q=0 * call.q, k=0 * call.k)).q, 0)
+
+
+def test_a_gpu_is_not_left_to_emulate_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    request = Request("block_sparse_attention", jnp.bfloat16, 128, 64, 64, score_precision="int8")
+    with pytest.raises(NotImplementedError, match=r"score_precision='int8' is for TPUs.*; use 'input'"):
+        dispatch.choose(None, request)
+
+
+def test_what_cannot_be_served_is_refused() -> None:
+    case = Case("plain", head_dim=64, dtype="bfloat16")
+    x = operands(case)
+    for name in ("triton", "mosaic_gpu"):
+        with pytest.raises(NotImplementedError, match="score_precision='int8' is for TPUs"):
+            attend(case, x, name)
+    with pytest.raises(ValueError, match="score_precision='int4' must be one of input, int8"):
+        attend(case, x, "xla", score_precision="int4")
