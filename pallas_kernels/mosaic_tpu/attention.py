@@ -14,6 +14,7 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
@@ -136,14 +137,6 @@ def _below_one_another(rows: Array, column: Any) -> None:
         column[i * length : (i + 1) * length] = columns[:, i : i + 1]
 
 
-def _scratch(rows: int, dim: int, width: int) -> list[Any]:
-    return [
-        pltpu.VMEM((rows, 1), jnp.float32),
-        pltpu.VMEM((rows, width), jnp.float32),
-        pltpu.VMEM((rows, dim), jnp.float32),
-    ]
-
-
 class _Steps:
     """Where the groups of tiles that a program works through lie: a slot of its table each, whatever list it is of."""
 
@@ -166,29 +159,42 @@ class _Steps:
         return jnp.concatenate([ref[pl.ds(self.key(entry + i), self.tile), :] for i in range(self.group)], 0)
 
 
-def _resident_kernel(
+def _kernel(
     table: Any,
     q: Any,
-    k: Any,
-    v: Any,
+    kv: tuple[Any, ...],
     bias: Any,
     by_row: dict[str, Any],
     out: Any,
     lse: Any,
-    *rest: Any,
+    state: tuple[Any, ...],
+    scores: tuple[Any, ...],
+    copies: tuple[Any, ...],
+    *,
+    work: Callable[..., None],
     rows: int,
     tile: int,
-    unroll: int,
     tuning: TpuAttentionTuning,
     scale: float,
 ) -> None:
-    """Some query blocks; K and V of the head in VMEM. `rest` is scratch.
+    """Some query blocks: `work` takes the groups of their lists through the softmax."""
+    softmax = _Softmax(state, bias, table, by_row, tile, scale)
+    work(softmax, _Steps(table, rows, tile, tuning.group), q, kv, scores, *copies)
+    softmax.finish(out, lse)
 
-    A turn of whole tiles is run in parts of `unroll` groups.
-    """
-    m, total, acc, *scales, even, odd = rest
-    softmax = _Softmax((m, total, acc, *scales), bias, table, by_row, tile, scale)
-    place, buffers = _Steps(table, rows, tile, tuning.group), (even, odd)
+
+def _resident(
+    softmax: _Softmax,
+    place: _Steps,
+    q: Any,
+    kv: tuple[Any, ...],
+    buffers: tuple[Any, ...],
+    *,
+    turn: int,
+    unroll: int,
+) -> None:
+    """K and V of the head in VMEM. A turn of `turn` whole groups is run in parts of `unroll`."""
+    k, v = kv
 
     def multiply(step: Any, scores: Any) -> None:
         here, entry = place(step)
@@ -201,33 +207,25 @@ def _resident_kernel(
             here, entry = place(first + j)
             softmax.step(here, buffers[j % 2], place.gather(v, entry), entry if masked else None)
 
-    multiply(0, even)
+    multiply(0, buffers[0])
     lax.fori_loop(np.int32(0), place.pairs, lambda i, _: steps(i * 2, 2, masked=True), None)
     whole = place.pairs * 2
-    turn = lambda i, _: steps(whole + i * unroll, unroll, masked=False)
-    lax.fori_loop(np.int32(0), place.turns * (tuning.unroll // unroll), turn, None)
-    softmax.finish(out, lse)
+    part = lambda i, _: steps(whole + i * unroll, unroll, masked=False)
+    lax.fori_loop(np.int32(0), place.turns * (turn // unroll), part, None)
 
 
-def _gathered_kernel(
-    table: Any,
+def _gathered(
+    softmax: _Softmax,
+    place: _Steps,
     q: Any,
-    kv: Any,
-    bias: Any,
-    by_row: dict[str, Any],
-    out: Any,
-    lse: Any,
-    *rest: Any,
-    rows: int,
-    tile: int,
-    tuning: TpuAttentionTuning,
-    scale: float,
+    kv: tuple[Any, ...],
+    buffers: tuple[Any, ...],
+    ring: Any,
+    arrived: Any,
 ) -> None:
-    """Some query blocks; K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
-    m, total, acc, *scales, even, odd, ring, arrived = rest
-    softmax = _Softmax((m, total, acc, *scales), bias, table, by_row, tile, scale)
-    head, group = pl.program_id(0), tuning.group
-    place, halves = _Steps(table, rows, tile, group), [pl.ds(j * group * tile, group * tile) for j in range(2)]
+    """K and V tiles come from HBM [heads, tiles, 2, tile, D], two groups a turn, a turn ahead."""
+    (both,), head, group, tile = kv, pl.program_id(0), place.group, place.tile
+    halves = [pl.ds(j * group * tile, group * tile) for j in range(2)]
 
     def start(turn: Any, slot: Any) -> None:
         for j in range(2):
@@ -236,7 +234,7 @@ def _gathered_kernel(
             for i in range(group):
                 which = lax.div(place.key(entry + i), np.int32(tile))
                 target = ring.at[slot, :, pl.ds((j * group + i) * tile, tile)]
-                pltpu.make_async_copy(kv.at[head, which], target, arrived.at[slot]).start()
+                pltpu.make_async_copy(both.at[head, which], target, arrived.at[slot]).start()
 
     def wait(slot: Any) -> None:
         pltpu.make_async_copy(ring.at[slot], ring.at[slot], arrived.at[slot]).wait()
@@ -245,16 +243,15 @@ def _gathered_kernel(
         slot = lax.rem(turn, np.int32(2))
         start(turn + 1, 1 - slot)
         wait(slot)
-        groups = [(place(2 * turn + j), halves[j], scores) for j, scores in enumerate((even, odd))]
+        groups = [(place(2 * turn + j), halves[j], scores) for j, scores in enumerate(buffers)]
         for (here, _), half, scores in groups:
-            scores[...] = contract(q[here, :], ring[slot, 0, half, :], 1, kv.dtype)
+            scores[...] = contract(q[here, :], ring[slot, 0, half, :], 1, both.dtype)
         for (here, entry), half, scores in groups:
             softmax.step(here, scores, ring[slot, 1, half, :], entry)
 
     start(np.int32(0), np.int32(0))
     lax.fori_loop(np.int32(0), place.pairs, take, None)
     wait(lax.rem(place.pairs, np.int32(2)))
-    softmax.finish(out, lse)
 
 
 def resident_bytes(
@@ -333,50 +330,42 @@ def attention(
     shared = table.shape[0] != heads_all or table.shape[1] != programs
     lists = (lambda h, i: (lax.div(h, np.int32(heads)), 0, 0, 0)) if shared else (lambda h, i: (h, i, 0, 0))
     once: Callable[[], dict[str, Any]] = lambda: {"pipeline_mode": pl.Buffered(buffer_count=1)}
-    operands: list[Array] = [table[:, :, None], q]
-    specs = [
-        pl.BlockSpec((None, None, 1, table.shape[2]), lists, memory_space=pltpu.SMEM),
-        pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
-    ]
-    scratch = _scratch(all_rows, dim, max(tile, _LANES))
-    scratch += [] if row_scale is None else [pltpu.VMEM((all_rows, 1), jnp.float32)]
-    scratch += [pltpu.VMEM((rows, tuning.group * tile), jnp.float32)] * 2
-    operands += kv
+    column = lambda width: pltpu.VMEM((all_rows, width), jnp.float32)
+    state = [column(1), column(max(tile, _LANES)), column(dim)] + [column(1)] * (row_scale is not None)
+    scores = [pltpu.VMEM((rows, tuning.group * tile), jnp.float32)] * 2
+    work: Callable[..., None]
     if resident:
-        specs += [pl.BlockSpec((None, kv[0].shape[1], dim), lambda h, i: (h, 0, 0), **once())] * 2
+        of_head = [pl.BlockSpec((None, kv[0].shape[1], dim), lambda h, i: (h, 0, 0), **once())] * 2
+        itemsizes, copies = (kv[0].dtype.itemsize, kv[1].dtype.itemsize), []
+        used = resident_bytes(kv[0].shape[1], rows, together, dim, itemsizes, tile, tuning)
+        # To seek maxima takes more registers.
+        most = tuning.unroll if shift is not None else 4 if used + _SEEKING_BYTES <= vmem_bytes else 2
+        work = functools.partial(_resident, turn=tuning.unroll, unroll=min(most, tuning.unroll))
     else:
-        specs.append(pl.BlockSpec(memory_space=pl.ANY))
-        scratch += [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), q.dtype), pltpu.SemaphoreType.DMA((2,))]
-    operands.append(bias)
+        of_head, work = [pl.BlockSpec(memory_space=pl.ANY)], _gathered
+        copies = [pltpu.VMEM((2, 2, 2 * tuning.group * tile, dim), q.dtype), pltpu.SemaphoreType.DMA((2,))]
     if bias.ndim == 3:
         of_batch = lambda h, i: (lax.div(h, np.int32(heads)), 0, 0)
-        specs.append(pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once()))
+        of_bias = pl.BlockSpec((None, *bias.shape[1:]), of_batch, **once())
     else:
-        specs.append(pl.BlockSpec((None, bias.shape[1] // programs, *bias.shape[2:]), lambda h, i: (h, i, 0, 0)))
+        of_bias = pl.BlockSpec((None, bias.shape[1] // programs, *bias.shape[2:]), lambda h, i: (h, i, 0, 0))
+    of_rows = pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0))
     of_blocks = pl.BlockSpec((None, None, together, rows), lambda h, i: (h, i, 0, 0))
     cut = lambda x: jnp.pad(x, ((0, 0), (0, programs * all_rows - queries))).reshape(-1, programs, together, rows)
     by_row = {} if shift is None else {"shift": cut(shift * jnp.float32(LOG2E))}
     by_row |= {} if row_scale is None else {"row_scale": cut(row_scale)}
-    kernel = functools.partial(_gathered_kernel, rows=rows, tile=tile, tuning=tuning, scale=scale * LOG2E)
-    if resident:
-        itemsizes = kv[0].dtype.itemsize, kv[1].dtype.itemsize
-        used = resident_bytes(kv[0].shape[1], rows, together, dim, itemsizes, tile, tuning)
-        # To seek maxima takes more registers.
-        most = tuning.unroll if shift is not None else 4 if used + _SEEKING_BYTES <= vmem_bytes else 2
-        kernel = functools.partial(_resident_kernel, **kernel.keywords, unroll=min(most, tuning.unroll))
+    of_table = pl.BlockSpec((None, None, 1, table.shape[2]), lists, memory_space=pltpu.SMEM)
+    operands = table[:, :, None], q, kv, bias, by_row
     out, lse = pl.pallas_call(
-        kernel,
+        functools.partial(_kernel, work=work, rows=rows, tile=tile, tuning=tuning, scale=scale * LOG2E),
         grid=(heads_all, programs),
-        in_specs=[*specs, dict.fromkeys(by_row, of_blocks)],
-        out_specs=[
-            pl.BlockSpec((None, all_rows, dim), lambda h, i: (h, i, 0)),
-            of_blocks,
-        ],
+        in_specs=[of_table, of_rows, tuple(of_head), of_bias, dict.fromkeys(by_row, of_blocks)],
+        out_specs=[of_rows, of_blocks],
         out_shape=[
-            varying.result(q.shape, kv[-1].dtype, *operands),
-            varying.result((heads_all, programs, together, rows), jnp.float32, *operands),
+            varying.result(q.shape, kv[-1].dtype, *jax.tree.leaves(operands)),
+            varying.result((heads_all, programs, together, rows), jnp.float32, *jax.tree.leaves(operands)),
         ],
-        scratch_shapes=scratch,
+        scratch_shapes=[tuple(state), tuple(scores), tuple(copies)],
         compiler_params=pltpu.CompilerParams(
             vmem_limit_bytes=vmem_bytes,
             dimension_semantics=("parallel", "arbitrary"),
@@ -385,5 +374,5 @@ def attention(
         ),
         interpret=interpret,
         name=f"adaspa_{'attention' if shift is None else 'shifted'}_{'resident' if resident else 'gathered'}",
-    )(*operands, by_row)
+    )(*operands)
     return out, lse.reshape(heads_all, -1)[:, :queries]

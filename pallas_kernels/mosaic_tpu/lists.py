@@ -43,7 +43,7 @@ def tables(
     slots = count + count % 2 + 2  # one that makes the number even, and those that are read ahead
     lists = HEADER + slots + (0 if shared else size) * numbers(together, starts.ndim)
     groups, masked, dropped = (by_program(x) for x in (groups, masked, dropped))
-    header, steps = _steps(groups, masked, dropped, lists, size, slots, tuning, resident)
+    header, steps = _steps(groups, masked, dropped, lists, size, slots, tuning)
     return jnp.concatenate([header, steps, entries], -1, dtype=jnp.int32)
 
 
@@ -55,7 +55,6 @@ def _steps(
     size: int,
     slots: int,
     tuning: TpuAttentionTuning,
-    resident: bool,
 ) -> tuple[Array, Array]:
     """(header [..., HEADER], slots [..., slots]): the masked groups of all lists of a program, then the whole ones.
 
@@ -64,7 +63,7 @@ def _steps(
     """
     group, unroll = tuning.group, tuning.unroll
     total = lambda x: x.sum(-1, keepdims=True, dtype=jnp.int32)
-    turns = total(groups - masked) // unroll if resident else jnp.zeros_like(total(groups))
+    turns = total(groups - masked) // unroll
     head = total(groups) - turns * unroll
     number = numbers(groups.shape[-1], groups.ndim) << ENTRY_BITS
     begin = number + lists + group - dropped
