@@ -83,7 +83,7 @@ class SparseConfig:
     compensation: Compensation = "none"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
     score_precision: ScorePrecision = "input"
-    """What the scores of kept blocks are multiplied in: the dtype of q and k, or "int8" on a TPU."""
+    """What the scores of kept blocks are multiplied in: the dtype of q and k, or, on a TPU, "int8" or "fp8"."""
     query_block_size: int | None = None
     """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 

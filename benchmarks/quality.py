@@ -91,13 +91,13 @@ def variants(steps: int) -> dict[str, SparseConfig]:
     none = SparseConfig(steps=steps, search_steps=at(0.2, 0.6), compensation="none", head_adaptive=True)
     pooled = dataclasses.replace(none, compensation="pooled")
     change = dataclasses.replace
-    # GPU kernels refuse int8 scores: they would end a run over all ways.
-    int8 = {} if jax.default_backend() == "gpu" else {"none, int8 scores": change(none, score_precision="int8")}
+    # GPU kernels refuse scores in 8 bits: they would end a run over all ways.
+    eight = () if jax.default_backend() == "gpu" else ("int8", "fp8")
     return {
         "none": none,
         "none, raster (paper)": change(none, token_order="raster"),
         "none, block 128": change(none, block_size=128),
-        **int8,
+        **{f"none, {precision} scores": change(none, score_precision=precision) for precision in eight},
         "pooled": pooled,
         "pooled, no tiers": change(pooled, head_adaptive=False),
         "pooled, exact LSE": change(pooled, lse_cache=False),

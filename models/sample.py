@@ -140,7 +140,8 @@ def main(
         str | None, typer.Option(help="what stands for skipped blocks: none or pooled; default: none")
     ] = None,
     score_precision: Annotated[
-        str | None, typer.Option(help="of the kept blocks' scores: input, or int8 on a TPU; default: input")
+        str | None,
+        typer.Option(help="of the kept blocks' scores: input, or on a TPU int8 (v5, v6) or fp8 (v7x); default: input"),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")

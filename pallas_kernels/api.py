@@ -201,8 +201,8 @@ def block_sparse_attention(
       block_valid: integers [B, nk], may be traced: valid keys, the first ones of each block. None: all.
       scale: factor on q·k; None: D**-0.5.
       shift: as in `flash_attention`.
-      score_precision: "input", or "int8": scores of q and k in int8, a scale a row of q and one a head of k, which is
-        taken less its mean; faster on a TPU.
+      score_precision: "input", or in 8 bits "int8" or "fp8" (e4m3): a scale a row of q and one a head of k, which is
+        taken less its mean. int8 is faster on TPU v5 and v6, fp8 on v7x.
       return_lse: also return the log-sum-exp over the selected keys.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.

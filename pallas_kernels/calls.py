@@ -8,8 +8,8 @@ from jax import Array
 
 from pallas_kernels.blocks import MASKED, block_count, expand_valid, unpack_bits
 
-ScorePrecision = Literal["input", "int8"]
-"""What scores are multiplied in: the dtype of q and k, or int8, see `quantized`."""
+ScorePrecision = Literal["input", "int8", "fp8"]
+"""What scores are multiplied in: the dtype of q and k, int8 or float8_e4m3fn, see `quantized`."""
 Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention", "pooled_attention"]
 
 

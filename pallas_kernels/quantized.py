@@ -1,11 +1,11 @@
-"""Scores in int8: q by row and k by head, k less its mean over the tokens, which moves a row's scores together.
+"""Scores in 8 bits: q by row and k by head, k less its mean over the tokens, which moves a row's scores together.
 
 After SageAttention (Zhang et al., arXiv 2410.02367), whose scales of k are by block. Probabilities and values stay.
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import Array
@@ -13,45 +13,50 @@ from jax import Array
 from pallas_kernels.blocks import expand_valid
 from pallas_kernels.calls import SparseCall
 
-_MOST = 127
+DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
+"""What each `ScorePrecision` but "input" multiplies."""
 
 
 class Quantized(NamedTuple):
     """Operands of scores row_scale * (q · k) + offset."""
 
     q: Array
-    """int8 [B, H, Nq, D]"""
+    """int8 or float8_e4m3fn [B, H, Nq, D]"""
     k: Array
-    """int8 [B, H, Nk, D]; 0 for a key that is not valid."""
+    """The same dtype [B, H, Nk, D]; 0 for a key that is not valid."""
     row_scale: Array
     """float32 [B, H, Nq]"""
     offset: Array
     """float32 [B, H, Nq], what the mean of k takes from the scaled scores, natural log."""
 
 
-def _rounded(x: Array, axes: tuple[int, ...]) -> tuple[Array, Array]:
-    """(int8 of x, its scale), one scale over `axes`."""
-    scale = jnp.abs(x).max(axes, keepdims=True) / _MOST
+def _rounded(x: Array, axes: tuple[int, ...], dtype: Any) -> tuple[Array, Array]:
+    """(x as `dtype`, its scale), one scale over `axes`, which the largest number there fills the range with."""
+    whole = jnp.issubdtype(dtype, jnp.integer)
+    scale = jnp.abs(x).max(axes, keepdims=True) / float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
     scale = jnp.where(scale > 0, scale, 1.0)
-    return jnp.round(x / scale).astype(jnp.int8), scale
+    return (jnp.round(x / scale) if whole else x / scale).astype(dtype), scale
 
 
 def quantize(call: SparseCall) -> Quantized:
-    """Of a call's q and k."""
+    """Of a call's q and k, in its score precision."""
+    dtype = DTYPES[call.score_precision]
     keys = call.k.shape[2]
     valid = expand_valid(call.block_valid, call.k.shape[0], call.block_k, keys)[:, None, :, None]
     k, q = (x.astype(jnp.float32) for x in (call.k, call.q))
     mean = jnp.where(valid, k, 0.0).sum(2, keepdims=True) / jnp.maximum(valid.sum(2, keepdims=True), 1)
-    rounded_k, scale_k = _rounded(jnp.where(valid, k - mean, 0.0), (2, 3))
-    rounded_q, scale_q = _rounded(q, (3,))
+    rounded_k, scale_k = _rounded(jnp.where(valid, k - mean, 0.0), (2, 3), dtype)
+    rounded_q, scale_q = _rounded(q, (3,), dtype)
     offset = call.scale * (q * mean).sum(3)
     return Quantized(rounded_q, rounded_k, (scale_q * scale_k)[..., 0], offset)
 
 
 def emulated(call: SparseCall, run: Callable[[SparseCall], tuple[Array, Array]]) -> tuple[Array, Array]:
-    """A call with int8 scores by a kernel `run` that knows none, on their values in float32."""
+    """A call with scores in 8 bits by a kernel `run` that knows none, on their values in float32."""
     z = quantize(call)
     shift = None if call.shift is None else call.shift - z.offset
-    plain = dataclasses.replace(call, q=z.q * z.row_scale[..., None], k=z.k.astype(jnp.float32), shift=shift)
+    plain = dataclasses.replace(
+        call, q=z.q.astype(jnp.float32) * z.row_scale[..., None], k=z.k.astype(jnp.float32), shift=shift
+    )
     out, lse = run(dataclasses.replace(plain, v=call.v.astype(jnp.float32), score_precision="input"))
     return out.astype(call.v.dtype), lse + z.offset

@@ -57,7 +57,7 @@ def block_mass(call: MassCall) -> tuple[Array, Array]:
 
 def block_sparse_attention(call: SparseCall) -> tuple[Array, Array]:
     """Attention over selected blocks; see `pallas_kernels.block_sparse_attention`."""
-    if call.score_precision == "int8":
+    if call.score_precision != "input":
         return emulated(call, block_sparse_attention)
     q, k = call.q, call.k
     batch, rows, cols = q.shape[0], q.shape[2], k.shape[2]

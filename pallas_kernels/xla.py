@@ -142,7 +142,7 @@ def block_mass(call: MassCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
 
 def block_sparse_attention(call: SparseCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
     """Attention over gathered key blocks, a group a softmax step; see `pallas_kernels.block_sparse_attention`."""
-    if call.score_precision == "int8":
+    if call.score_precision != "input":
         return emulated(call, lambda plain: block_sparse_attention(plain, tuning))
     (batch, heads, rows, dim), keys, kmax = call.q.shape, call.k.shape[2], call.indices.shape[3]
     block_q, block_k = call.block_q, call.block_k

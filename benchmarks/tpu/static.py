@@ -56,9 +56,10 @@ from models.commands.cli import run_cli
 from pallas_kernels import mosaic_tpu
 from pallas_kernels.blocks import block_count
 from pallas_kernels.calls import DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
-from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, NO_INT8, POOLED_ROWS, query_blocks
+from pallas_kernels.mosaic_tpu.calls import GATHERED_ROWS, POOLED_ROWS, multiplies, query_blocks
 from pallas_kernels.mosaic_tpu.chip import chip as tpu_chip
 from pallas_kernels.mosaic_tpu.mass import mass_tile
+from pallas_kernels.quantized import DTYPES
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
 TOKENS, HEADS, DENSITY = 119056, 24, 0.2
@@ -70,13 +71,17 @@ UNIT = 128**3
 """Of a block: rows x keys x head dim."""
 
 
+_SCORES: dict[str, ScorePrecision] = {"int8_scores": "int8", "fp8_scores": "fp8"}
+_ATTENTION = ("dense", "block_sparse", *_SCORES, "gathered", "pooled")
+
+
 @dataclass(frozen=True)
 class Case:
     """One kernel of the table."""
 
     kernel: str
-    """dense, block_mass, select, block_sparse, int8_scores (block-sparse with them), gathered (K and V in HBM), pooled,
-    splash, flash or matmul."""
+    """dense, block_mass, select, block_sparse, int8_scores and fp8_scores (block-sparse with them), gathered (K and V
+    in HBM), pooled, splash, flash or matmul."""
     block: int = 128
     head_dim: int = 128
     dtype: str = "bfloat16"
@@ -95,13 +100,14 @@ class Case:
         """Share of the blocks that it computes."""
         if self.kernel == "pooled":
             return 1 / self.block
-        return DENSITY if self.kernel in ("block_sparse", "int8_scores", "gathered") else 1.0
+        return DENSITY if self.kernel in ("block_sparse", *_SCORES, "gathered") else 1.0
 
 
 MAIN = (
     Case("dense"),
     *(Case(kernel, block) for kernel in ("block_sparse", "block_mass", "select", "pooled") for block in (128, 64)),
     Case("int8_scores"),
+    Case("fp8_scores"),
 )
 MATRIX = (
     *MAIN,
@@ -123,7 +129,7 @@ PEERS = (Case("splash", tokens=16384), Case("flash", tokens=16384), Case("matmul
 Targets = dict[tuple[str, int], dict[str, float]]
 TARGETS: Targets = {
     ("block_sparse", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
-    ("block_sparse", 64): {"v5e": 69, "v5p": 69, "v6e": 54, "v7x": 55},
+    ("block_sparse", 64): {"v5e": 69, "v5p": 69, "v6e": 48, "v7x": 48},
     ("dense", 128): {"v5e": 67, "v5p": 67, "v6e": 36, "v7x": 37.5},
     ("block_mass", 128): {"v5e": 34, "v5p": 34, "v6e": 19, "v7x": 19},
 }
@@ -133,9 +139,10 @@ LIST_TARGETS: Targets = {
     ("block_sparse", 64): {"v5e": 80, "v5p": 80, "v6e": 58, "v7x": 60},
 }
 """The same of whole lists."""
+OUT_OF_REACH = {("block_sparse", 64, chip) for chip in ("v6e", "v7x")}
+"""Loops that miss: a weight that is loaded into their unit of 256 serves 64 rows, and the loads fill the loop."""
 
 
-_ATTENTION = ("dense", "block_sparse", "int8_scores", "gathered", "pooled")
 _MATMUL = 1024
 
 
@@ -232,7 +239,7 @@ def _ours(case: Case, generation: int) -> tuple[Callable[..., Any], list[tuple[A
         pooled = lambda q, k, v, s, m: mosaic_tpu.pooled_attention(PooledCall(q, k, v, s, m, scale, block), tuning)
         means = ((*rows, case.head_dim), dtype)
         return pooled, [x, means, means, (rows, jnp.float32), ((*rows, block_count(blocks, 32)), jnp.uint32)], turn
-    precision: ScorePrecision = "int8" if case.kernel == "int8_scores" else "input"
+    precision = _SCORES.get(case.kernel, "input")
     sparse = lambda q, k, v, i, c, s, *b: mosaic_tpu.block_sparse_attention(
         SparseCall(q, k, v, i, c, scale, block, block, given(b), shift=s, score_precision=precision), tuning
     )
@@ -310,10 +317,10 @@ def _lists(case: Case, mesh: Mesh) -> int:
     tile, _, tuning = _tuning(case, generation_of(mesh))
     rows = 128 if case.kernel == "dense" else case.block
     keys = tile * block_count(case.tokens, tile)
-    int8 = case.kernel == "int8_scores" and generation_of(mesh) < NO_INT8
-    dtype = jnp.dtype("int8" if int8 else case.dtype)
-    k, values = jax.ShapeDtypeStruct((1, 1, keys, case.head_dim), dtype), jnp.dtype(case.dtype).itemsize
+    scored = jnp.dtype(DTYPES[_SCORES[case.kernel]] if case.kernel in _SCORES else case.dtype)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
+        dtype = scored if multiplies(scored) else jnp.dtype(case.dtype)
+        k, values = jax.ShapeDtypeStruct((1, 1, keys, case.head_dim), dtype), jnp.dtype(case.dtype).itemsize
         return query_blocks(k, rows, block_count(case.tokens, rows), tile, tuning, values)
 
 
@@ -383,17 +390,20 @@ def compile_case(case: Case, chip: str) -> dict[str, Any]:
     }
 
 
-def missed(rows: list[dict[str, Any]]) -> list[str]:
-    """Targets that a row misses, in words."""
-    found = []
+def missed(rows: list[dict[str, Any]]) -> tuple[list[str], list[str]]:
+    """Targets that a row misses, in words: those that are known to be out of reach, and the others."""
+    known: list[str] = []
+    others: list[str] = []
     for row in rows:
         if (row["dtype"], row["head_dim"], row["tokens"]) != ("bfloat16", 128, TOKENS):
             continue
         for figure, targets in (("cycles_per_block", TARGETS), ("all_in_cycles_per_block", LIST_TARGETS)):
             target = targets.get((row["kernel"], row["block"]), {}).get(row["chip"], math.inf)
             if row[figure] > target:
-                found.append(f"{row['kernel']} {row['block']} on {row['chip']}: {figure} {row[figure]:.1f} > {target}")
-    return found
+                where = row["kernel"], row["block"], row["chip"]
+                found = known if where in OUT_OF_REACH and targets is TARGETS else others
+                found.append(f"{where[0]} {where[1]} on {where[2]}: {figure} {row[figure]:.1f} > {target}")
+    return known, others
 
 
 def in_processes(chips: list[str], cases: str) -> list[dict[str, Any]]:
@@ -427,7 +437,10 @@ def main(
             print(f"{chips[0]}: {case.name} in {time.perf_counter() - begun:.0f} s", file=sys.stderr, flush=True)
     short = [{k.replace("_per_block", "").replace("_cycles", ""): v for k, v in row.items()} for row in rows]
     show("static cycles per 128 x 128 x 128 block, compiled for TPU; NOTHING RAN ON A TPU", short)
-    for line in missed(rows) or ["every target is met"]:
+    known, others = missed(rows)
+    for line in known:
+        print(f"{line}: out of reach, a weight serves 64 rows")
+    for line in others or [f"every {'other ' * bool(known)}target is met"]:
         print(line)
     write_json(json, rows)
 

