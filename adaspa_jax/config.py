@@ -12,7 +12,7 @@ import numpy as np
 from jax import Array
 
 from adaspa_jax.layout import TokenLayout, TokenOrder
-from adaspa_jax.schedule import StepKind, default_search_steps, step_kinds
+from adaspa_jax.schedule import StepKind, default_search_steps, paper_search_steps, step_kinds
 from pallas_kernels import ScorePrecision
 
 Compensation = Literal["none", "pooled"]
@@ -20,10 +20,11 @@ _LEAST_POOLED_BLOCK = 16
 """Tokens: below, the stand-ins would cost what they save."""
 
 PRESETS = {
-    "quality": {"sparsity": 0.5},
-    "balanced": {"sparsity": 0.8},
-    "fast": {"sparsity": 0.9},
+    "quality": {"sparsity": 0.7},
+    "balanced": {"sparsity": 0.85},
+    "fast": {"sparsity": 0.91},
 }
+"""Points of the front of `benchmarks.quality`, by what `benchmarks.gpu.sampler` says of their speed."""
 
 
 def _whole(name: str, value: Any) -> int:
@@ -63,11 +64,11 @@ class SparseConfig:
     steps: int = 50
     """Denoising steps."""
     search_steps: tuple[int, ...] | None = None
-    """Steps, from 1, that search for blocks; None: 20% and 60% of `steps`, not the first. Empty: always dense."""
+    """Steps, from 1, that search for blocks; None: at 12% of `steps`, not the first. Empty: always dense."""
     token_order: TokenOrder = "cube"
     """Order of video tokens before blocking; the paper's is "raster"."""
-    head_adaptive: bool = True
-    """Give heads with low recall more blocks, taken from heads with high recall."""
+    head_adaptive: bool = False
+    """Give heads with low recall more blocks, taken from heads with high recall. Those are served well by stand-ins."""
     recall_threshold: float = 0.8
     """A head counts as easy above this recall."""
     row_wise: bool = True
@@ -80,7 +81,7 @@ class SparseConfig:
     """Steps at the end that are dense again."""
     share_cfg_indices: bool = False
     """The halves of the batch are those of classifier-free guidance, and the second, conditional, searches for both."""
-    compensation: Compensation = "none"
+    compensation: Compensation = "pooled"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
     score_precision: ScorePrecision = "input"
     """What the scores of kept blocks are multiplied in: the dtype of q and k, or, on a TPU, "int8" or "fp8"."""
@@ -156,12 +157,13 @@ class SparseConfig:
             )
 
     @classmethod
-    def paper(cls, **changes: object) -> "SparseConfig":
-        """AdaSpa to the letter (arXiv 2502.21079), with `changes` on top: raster order, blocks of 64, 50 steps with
-        searches at 10 and 30, head tiers, nothing in place of what is dropped.
+    def paper(cls, steps: int = 50, **changes: object) -> "SparseConfig":
+        """AdaSpa to the letter (arXiv 2502.21079), with `changes` on top: raster order, blocks of 64, searches at steps
+        10 and 30 of 50 (scaled to `steps`), head tiers, nothing in place of what is dropped.
         """
-        letter = {"block_size": 64, "steps": 50, "search_steps": (10, 30), "token_order": "raster"}
-        return cls(**({"sparsity": 0.8, "head_adaptive": True, "compensation": "none"} | letter | changes))  # type: ignore[arg-type]
+        letter = {"block_size": 64, "search_steps": paper_search_steps(steps), "token_order": "raster"}
+        letter |= {"sparsity": 0.8, "head_adaptive": True, "compensation": "none"}
+        return cls(**({"steps": steps} | letter | changes))  # type: ignore[arg-type]
 
     @classmethod
     def preset(cls, name: str, **changes: object) -> "SparseConfig":

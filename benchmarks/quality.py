@@ -3,12 +3,12 @@
     python -m benchmarks.quality [--model embedded] [--json FILE] [--picture FILE] [--variant NAME] [--work 0.38]
 
 Every variant is run at the same attention work, in units of a dense run: a dense step 1, a search's block mass 0.5
-more, a sparse step its density, stand-ins (1 - density) / block. The levels of work are those of the paper's schedule
-(searches at 20% and 60% of the steps) at sparsity 0.9, 0.8 and 0.5. PSNR, SSIM and flicker are means over prompts and
-seeds; `gain_db` is the paired difference to "none" at the same work, `gain_error` its standard error.
+more, a sparse step its density, stand-ins (1 - density) / block. The levels of work are those of "AdaSpa", the paper's
+way in cube order, at sparsity 0.9, 0.8 and 0.5. The presets follow, at their own work. PSNR, SSIM and flicker are means
+over prompts and seeds; `gain_db` is the paired difference to AdaSpa at the same work, `gain_error` its standard error.
 
-"embedded" is the demo's model. "yardstick" is one that `models.demo.train --preset hard` makes, as hard as real ones;
-it is run where it is found, in benchmarks/yardstick. `benchmarks.probe` says how hard a model is.
+"embedded" is the demo's model. "yardstick", in benchmarks/yardstick, was made by `models.demo.train --preset hard`: its
+attention is as concentrated as that of large models. `benchmarks.probe` says how hard a model is.
 """
 
 import dataclasses
@@ -28,9 +28,10 @@ import numpy as np
 import typer
 from rich.progress import track
 
-from adaspa_jax import SparseConfig, StepKind
+from adaspa_jax import PRESETS, SparseConfig, StepKind
 from adaspa_jax.compensation import SAMPLE
 from adaspa_jax.layout import TokenLayout
+from adaspa_jax.schedule import search_steps_at
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
 from models.commands.media import psnr, ssim
@@ -80,6 +81,8 @@ def model_of(name: str, checkpoint: Path | None = None) -> Model:
     return model
 
 
+BASE, PRESET = "AdaSpa", "preset "
+"""The variant that the others are compared with, and what the names of presets begin with."""
 MASS_WORK = 0.5
 """Of a dense step's attention: one of its two products."""
 LEVELS = (0.9, 0.8, 0.5)
@@ -87,28 +90,30 @@ LEVELS = (0.9, 0.8, 0.5)
 
 def variants(steps: int) -> dict[str, SparseConfig]:
     """The ways to be compared, whatever their sparsity."""
-    at = lambda *shares: tuple(max(1, round(share * steps)) for share in shares)
-    none = SparseConfig(steps=steps, search_steps=at(0.2, 0.6), compensation="none", head_adaptive=True)
-    pooled = dataclasses.replace(none, compensation="pooled")
     change = dataclasses.replace
+    adaspa, default = SparseConfig.paper(steps, token_order="cube"), SparseConfig(steps=steps)
+    at = lambda *shares: change(default, search_steps=search_steps_at(steps, *shares))
     # GPU kernels refuse scores in 8 bits: they would end a run over all ways.
     eight = () if jax.default_backend() == "gpu" else ("int8", "fp8")
     return {
-        "none": none,
-        "none, raster (paper)": change(none, token_order="raster"),
-        "none, block 128": change(none, block_size=128),
-        **{f"none, {precision} scores": change(none, score_precision=precision) for precision in eight},
-        "pooled": pooled,
-        "pooled, no tiers": change(pooled, head_adaptive=False),
-        "pooled, exact LSE": change(pooled, lse_cache=False),
-        "pooled, block 128": change(pooled, block_size=128),
-        "pooled, blocks 128 x 64": change(pooled, query_block_size=128),
-        "pooled, one search": change(pooled, search_steps=at(0.2)),
-        "pooled, searches at 16, 60%": change(pooled, search_steps=at(0.16, 0.6)),
-        "pooled, searches at 12, 60%": change(pooled, search_steps=at(0.12, 0.6)),
-        "pooled, searches at 12, 30, 60%": change(pooled, search_steps=at(0.12, 0.3, 0.6)),
-        "pooled, block 128, searches at 12, 60%": change(pooled, block_size=128, search_steps=at(0.12, 0.6)),
+        BASE: adaspa,
+        "AdaSpa, raster (paper)": change(adaspa, token_order="raster"),
+        "AdaSpa, block 128": change(adaspa, block_size=128),
+        "default": default,
+        "default, no stand-ins": change(default, compensation="none"),
+        "default, tiers": change(default, head_adaptive=True),
+        "default, block 128": change(default, block_size=128),
+        "default, blocks 128 x 64": change(default, query_block_size=128),
+        "default, search at 8%": at(0.08),
+        "default, search at 20%": at(0.2),
+        "default, searches at 12, 80%": at(0.12, 0.8),
+        **{f"default, {precision} scores": change(default, score_precision=precision) for precision in eight},
     }
+
+
+def presets(steps: int) -> dict[str, SparseConfig]:
+    """The presets, each at its own work."""
+    return {PRESET + name: SparseConfig.preset(name, steps=steps) for name in PRESETS}
 
 
 def work(config: SparseConfig, layout: TokenLayout) -> float:
@@ -189,27 +194,29 @@ class Bench:
 
 
 def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> Iterator[tuple[str, SparseConfig]]:
-    """(variant, configuration) of every level that a variant can work at, the least work first."""
+    """(variant, configuration) of every level that a variant can work at, the least work first, then of the presets."""
     layouts = {name: bench.layout(config) for name, config in chosen.items()}
     for most in levels:
         for name, config in chosen.items():
             found = at_work(config, layouts[name], most)
-            if found is not None:
+            if found is not None and not name.startswith(PRESET):
                 yield name, found
+    yield from ((name, config) for name, config in chosen.items() if name.startswith(PRESET))
 
 
 def default_levels(bench: Bench, steps: int) -> list[float]:
-    """The work of "none" at each of LEVELS."""
-    none = variants(steps)["none"]
-    layout = bench.layout(none)
-    return [work(dataclasses.replace(none, sparsity=s), layout) for s in LEVELS]
+    """The work of AdaSpa at each of LEVELS."""
+    adaspa = variants(steps)[BASE]
+    layout = bench.layout(adaspa)
+    return [work(dataclasses.replace(adaspa, sparsity=s), layout) for s in LEVELS]
 
 
 def add_gains(rows: list[dict[str, Any]], levels: list[float]) -> None:
-    """Adds `level`, and the paired difference to "none" at that level with its standard error."""
+    """Adds `level`, NaN for a preset, and the paired difference to AdaSpa at that level with its standard error."""
     for row in rows:
-        row["level"] = min((most for most in levels if row["work"] <= most + 1e-9), key=lambda most: most - row["work"])
-    base = {row["level"]: row for row in rows if row["variant"] == "none"}
+        above = [most for most in levels if row["work"] <= most + 1e-9 and not row["variant"].startswith(PRESET)]
+        row["level"] = min(above, default=math.nan)
+    base = {row["level"]: row for row in rows if row["variant"] == BASE}
     for row in rows:
         row["gain_db"] = row["gain_error"] = math.nan
         if row["level"] in base:
@@ -230,9 +237,9 @@ def draw(path: Path, rows: list[dict[str, Any]]) -> None:
         own = [row for row in rows if row["model"] == model]
         for name in dict.fromkeys(row["variant"] for row in own):
             points = sorted((row["work"], row["psnr_db"]) for row in own if row["variant"] == name)
-            axes.plot(
-                *zip(*points, strict=True), marker="o", linestyle="--" if name.startswith("none") else "-", label=name
-            )
+            line, marker = "--" if name.startswith(BASE) else "-", "*" if name.startswith(PRESET) else "o"
+            size = 14 if marker == "*" else 5
+            axes.plot(*zip(*points, strict=True), marker=marker, markersize=size, linestyle=line, label=name)
         axes.set(title=model, xlabel="attention work, dense = 1", ylabel="PSNR against dense [dB]")
         axes.grid(alpha=0.3)
     axes.legend(fontsize="x-small")
@@ -298,7 +305,10 @@ def main(
 ) -> None:
     """Prints PSNR, SSIM, flicker, recall and what the stand-ins hold, by model, work and variant."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
-    names, all_variants = model or [name for name in MODELS if MODELS[name].checkpoint.is_dir()], variants(steps)
+    names, all_variants = (
+        model or [name for name in MODELS if MODELS[name].checkpoint.is_dir()],
+        variants(steps) | presets(steps),
+    )
     models = {name: model_of(name) for name in names}
     for name in variant or []:
         if name not in all_variants:

@@ -128,7 +128,7 @@ def main(
     ] = None,
     search_step: Annotated[
         list[int] | None,
-        typer.Option(help="a step that searches, from 1; repeatable. Default: 20% and 60% of steps, from 2"),
+        typer.Option(help="a step that searches, from 1; repeatable. Default: at 12% of steps, from 2"),
     ] = None,
     token_order: Annotated[str | None, typer.Option(help="cube or raster")] = None,
     dense_layer: Annotated[list[int] | None, typer.Option(help="a layer that stays dense, from 0; repeatable")] = None,

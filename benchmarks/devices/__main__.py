@@ -110,8 +110,9 @@ def main(
     """Samples on one device and on the mesh, dense and with AdaSpa."""
     if jax.default_backend() == "cpu":
         raise ValueError("no accelerator here: run on a machine with several GPUs or TPU chips")
-    # Every head is above the threshold, so that half of them, the most, are easy.
-    config = SparseConfig(block_size=block_size, steps=steps, recall_threshold=0.0)
+    # Tiers make heads differ, and every head is above the threshold: half of them, the most, are easy.
+    tiers: dict[str, Any] = {"token_order": "cube", "recall_threshold": 0.0}
+    config = SparseConfig.paper(steps, block_size=block_size, **tiers)
     sharding = AttentionSharding(parse_mesh(mesh, 24, 1, config))
     count = sharding.mesh.size
     model = nnx.jit(lambda: create(layers))()

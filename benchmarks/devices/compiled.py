@@ -2,7 +2,7 @@
 
     python -m benchmarks.devices.compiled [--machine h100-8] [--layers 20 40] [--json FILE]
 
-720p x 129 frames, block 128, 50 steps of all four kinds, compiled by the real compilers for all devices of the machine;
+720p x 129 frames, block 64, 50 steps with stand-ins, compiled by the real compilers for all devices of the machine;
 nothing runs. Memory is that of one device. What few layers compile to is what all do, so the default is one of a kind;
 weights and states grow with them: `all_60_gib` adds those of the rest, whole or sliced, to what was compiled.
 """
@@ -126,7 +126,7 @@ def per_device(tree: Any) -> float:
 def measure(name: str, layers: tuple[int, int], steps: int) -> dict[str, Any]:
     """The row of one machine."""
     machine, begun = MACHINES[name], time.perf_counter()
-    mesh, config = machine.mesh(), SparseConfig(block_size=128, steps=steps)
+    mesh, config = machine.mesh(), SparseConfig(steps=steps)
     run, given = operands_of(machine, mesh, layers, config)
     platform = "tpu" if machine.topology else "cuda"
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):

@@ -25,7 +25,7 @@ def main(
     mesh: Annotated[str, typer.Option(help="as for models.sample")] = "auto",
     weights: Annotated[str, typer.Option(help="as for models.sample")] = "replicated",
     steps: Annotated[int, typer.Option(help="denoising steps")] = 4,
-    block_size: Annotated[int, typer.Option(help="tokens of a block")] = 128,
+    block_size: Annotated[int, typer.Option(help="tokens of a block")] = 64,
     json: Annotated[Path | None, typer.Option(help="write the row to this file")] = None,
 ) -> None:
     """Writes the checkpoint, samples from it, and says where the seconds went."""

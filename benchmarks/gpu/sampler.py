@@ -1,6 +1,6 @@
 """What does a whole sampler gain on a GPU, at HunyuanVideo-13B's proportions?
 
-    python -m benchmarks.gpu.sampler [--json FILE] [--layers 2 4] [--preset balanced --preset fast]
+    python -m benchmarks.gpu.sampler [--json FILE] [--layers 2 4] [--preset balanced]
 
 720p x 129 frames: 118,800 video tokens and 256 of text, 24 heads, D = 128, bfloat16, random weights, one tenth of the
 60 layers by default. Fewer layers scale the whole run, not its ratios: everything outside the layers is a small part.
@@ -106,18 +106,18 @@ def compared(
 def main(
     json: Annotated[Path | None, typer.Option(help="write the figures to this file")] = None,
     layers: Annotated[tuple[int, int], typer.Option(help="dual-stream and single-stream layers")] = (2, 4),
-    block_size: Annotated[int, typer.Option(help="tokens of a block")] = 128,
+    block_size: Annotated[int, typer.Option(help="tokens of a block")] = 64,
     query_block_size: Annotated[int | None, typer.Option(help="tokens of a block of rows; default: the same")] = None,
     steps: Annotated[int, typer.Option(help="denoising steps")] = 50,
-    preset: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PRESETS)}; repeatable")] = None,
+    preset: Annotated[list[str] | None, typer.Option(help=f"of {', '.join(PRESETS)}; repeatable; default: all")] = None,
     compensation: Annotated[str | None, typer.Option(help="none or pooled; default: the preset's")] = None,
 ) -> None:
-    """Samples dense and with each preset, by default balanced, and says where the time goes."""
+    """Samples dense and with each preset, and says where the time goes."""
     if jax.default_backend() != "gpu":
         raise ValueError("no GPU here: run on a GPU machine")
     changes: dict[str, Any] = {"block_size": block_size, "query_block_size": query_block_size, "steps": steps}
     changes |= {} if compensation is None else {"compensation": compensation}
-    configs = {name: SparseConfig.preset(name, **changes) for name in preset or ["balanced"]}
+    configs = {name: SparseConfig.preset(name, **changes) for name in preset or PRESETS}
     model = nnx.jit(lambda: create(layers))()
     dense = sample(model, next(iter(configs.values())), dense=True)
     print(dense, flush=True)

@@ -28,7 +28,7 @@ from models.transformers.hunyuan_video import HunyuanVideoConfig
 os.environ.pop("LIBTPU_INIT_ARGS", None)
 
 
-def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 128, steps: int = 50) -> dict[str, Any]:
+def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 64, steps: int = 50) -> dict[str, Any]:
     """Memory of the compiled sampler [GiB] and seconds of its compilation."""
     config = SparseConfig(block_size=block_size, steps=steps)
     graph, weights = nnx.split(nnx.eval_shape(lambda: create(layers)))

@@ -14,19 +14,21 @@ from models.demo.clips import FRAMES, Shapes, uniform, windows
 SIZE = 48
 _TORUS = 96
 """Pixels of a side of the texture, which repeats: a pan of 3 pixels a frame sees no spot twice."""
-_GRAIN = 1.8
-"""Pixels: standard deviation of the blur that makes noise a texture."""
+_GRAIN = 0.8
+"""Pixels: standard deviation of the blur that ends the texture's spectrum."""
 _FASTEST_PAN = 3
 """Pixels a frame."""
 
 
 def texture(count: int, generator: torch.Generator, device: str) -> Tensor:
-    """float32 [count, _TORUS, _TORUS] in (-1, 1): blurred noise."""
+    """float32 [count, _TORUS, _TORUS] in (-1, 1): noise whose amplitude falls with frequency**1.5: smooth."""
     noise = torch.randn(count, _TORUS, _TORUS, generator=generator).to(device)
     frequency = torch.fft.fftfreq(_TORUS, device=device)
     square = frequency[:, None] ** 2 + frequency**2
-    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * torch.exp(-2 * (math.pi * _GRAIN) ** 2 * square)).real
-    # Steeper edges would make every spot one of two colours: a coin that the smallest error of attention turns.
+    amplitude = torch.exp(-2 * (math.pi * _GRAIN) ** 2 * square) / square.clamp(min=_TORUS**-2).pow(0.75)
+    amplitude[0, 0] = 0
+    smooth = torch.fft.ifft2(torch.fft.fft2(noise) * amplitude).real
+    # Steeper edges, or all in one fine octave, make every spot a coin that the smallest error of attention turns.
     return torch.tanh(smooth / smooth.std(dim=(1, 2), keepdim=True))
 
 

@@ -101,7 +101,7 @@ HARD = Preset(
         "green ring moving right red square moving left",
         "white circle moving down green triangle moving up",
     ),
-    steps=6_000,
+    steps=5_000,
     batch=8,
     short=None,
     noise=(1.1, 1.5),

@@ -52,8 +52,6 @@ class Family:
     """Embedded in the model, or of classifier-free guidance; the second, if any, is that of the low-noise expert."""
     scheduler: AnyScheduler
     """Used when the checkpoint brings none."""
-    block_size: int
-    """Tokens of a block: 128 with heads of 128 channels, where the kernels are fastest, else 64."""
     time_ratio: int = 4
     """Frames of a latent frame, after the first."""
     space_ratio: int = 8
@@ -72,9 +70,7 @@ class Family:
 
     def config(self, preset: str | None = None, **changes: Any) -> SparseConfig:
         """The SparseConfig of a preset ("quality", "balanced", "fast") for this model, with `changes` on top."""
-        return SparseConfig.preset(
-            preset or "balanced", **({"steps": self.steps, "block_size": self.block_size} | changes)
-        )
+        return SparseConfig.preset(preset or "balanced", **({"steps": self.steps} | changes))
 
     def latent_shape(self, size: VideoSize, model: VideoTransformer) -> Grid:
         """Latent frames, rows and columns that the model samples, frames that it only pads with included.
@@ -118,7 +114,6 @@ def _hunyuan(model: HunyuanVideoTransformer) -> Family:
         steps=50,
         guidance=(6.0,),
         scheduler=FlowMatchEuler(7.0),
-        block_size=128,
         embedded_guidance=True,
         fixed_first_frame=image == "token_replace",
         starts_from_image=image is not None,
@@ -136,7 +131,6 @@ def _cogvideox(model: CogVideoXTransformer) -> Family:
         steps=50,
         guidance=(6.0,),
         scheduler=CogVideoXDDIM(snr_shift_scale=3.0) if small else CogVideoXDPM(),
-        block_size=64,
     )
 
 
@@ -150,7 +144,6 @@ def _wan(model: WanTransformer, index: dict[str, Any]) -> Family:
             steps=50,
             guidance=(5.0,),
             scheduler=UniPC(5.0),
-            block_size=128,
             space_ratio=16 if config.out_channels == 48 else 8,
             frame_tokens=True,
             fixed_first_frame=True,
@@ -159,10 +152,10 @@ def _wan(model: WanTransformer, index: dict[str, Any]) -> Family:
     if index.get("boundary_ratio") is not None:
         guidance, shift = ((3.5, 3.5), 5.0) if image else ((4.0, 3.0), 12.0)
         size = VideoSize(81, 720, 1280)
-        return Family("Wan 2.2 A14B", size, 16, 40, guidance, UniPC(shift), 128)
+        return Family("Wan 2.2 A14B", size, 16, 40, guidance, UniPC(shift))
     small = config.width <= 1536
     size = VideoSize(81, 480, 832) if small else VideoSize(81, 720, 1280)
-    return Family("Wan 2.1" + (" I2V" if image else ""), size, 16, 50, (5.0,), UniPC(3.0 if small else 5.0), 128)
+    return Family("Wan 2.1" + (" I2V" if image else ""), size, 16, 50, (5.0,), UniPC(3.0 if small else 5.0))
 
 
 def family_of(model: VideoTransformer, index: dict[str, Any] | None = None) -> Family:
@@ -203,4 +196,4 @@ class PixelSize:
 def pixel_family(size: PixelSize, scheduler: AnyScheduler) -> Family:
     """A model of pixels without a VAE, such as the embedded one."""
     video = VideoSize(size.frames, size.height, size.width)
-    return Family("pixels", video, size.fps, 50, (1.0,), scheduler, 64, time_ratio=1, space_ratio=1)
+    return Family("pixels", video, size.fps, 50, (1.0,), scheduler, time_ratio=1, space_ratio=1)

@@ -1,5 +1,6 @@
 """The method against adaspa.md: layout, selection, schedule, the attention call and the scan."""
 
+import dataclasses
 import functools
 
 import jax
@@ -72,7 +73,7 @@ def test_valid_counts_add_up_to_the_tokens(layout: TokenLayout, text: int) -> No
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=40), st.floats(0, 0.99), st.integers(1, 400), st.integers(0, 300))
 @settings(max_examples=100)
 def test_the_budget_is_conserved_for_any_recalls(recalls: list, sparsity: float, tokens: int, text: int) -> None:
-    config = SparseConfig(sparsity=sparsity, block_size=16, token_order="raster")
+    config = SparseConfig.paper(sparsity=sparsity, block_size=16)
     layout = config.layout((1, 1, tokens), text)
     budget = config.budget(layout)
     tiers = head_tiers(jnp.array(recalls, jnp.float32), budget, config.recall_threshold)
@@ -117,7 +118,7 @@ def numpy_selection(mass: np.ndarray, layout: TokenLayout, config: SparseConfig)
 @pytest.mark.parametrize("text", [0, 20])
 @pytest.mark.parametrize("sparsity", [0.5, 0.8])
 def test_selection_is_that_of_the_paper(text: int, sparsity: float) -> None:
-    config = SparseConfig(sparsity=sparsity, block_size=16)
+    config = SparseConfig.paper(sparsity=sparsity, block_size=16, token_order="cube")
     layout = config.layout((4, 8, 9), text)
     mass = mass_of(layout, 6, sharpness=6.0)
     found = select_blocks(mass, layout, config)
@@ -133,7 +134,7 @@ def test_selection_is_that_of_the_paper(text: int, sparsity: float) -> None:
 
 
 def test_permuting_heads_permutes_the_selection() -> None:
-    config = SparseConfig(block_size=16)
+    config = SparseConfig(block_size=16, head_adaptive=True)
     layout = config.layout((4, 8, 9), 20)
     mass, order = mass_of(layout, 6), jnp.array([3, 0, 5, 1, 4, 2])
     plain, moved = select_blocks(mass, layout, config), select_blocks(mass[:, order], layout, config)
@@ -142,11 +143,11 @@ def test_permuting_heads_permutes_the_selection() -> None:
 
 
 def test_ties_go_to_the_lower_block_and_a_global_budget_keeps_its_total() -> None:
-    config = SparseConfig(block_size=16, token_order="raster")
+    config = SparseConfig.paper(block_size=16)
     layout = config.layout((4, 8, 9))
     flat = select_blocks(jnp.ones((1, 2, layout.video_blocks, layout.num_blocks)), layout, config)
     np.testing.assert_array_equal(flat.indices[0, 0, 3], np.arange(flat.indices.shape[-1]))
-    spread = SparseConfig(block_size=16, token_order="raster", row_wise=False, head_adaptive=False)
+    spread = SparseConfig.paper(block_size=16, row_wise=False, head_adaptive=False)
     found = select_blocks(mass_of(layout, 3), layout, spread)
     np.testing.assert_array_equal(found.counts.sum(-1), spread.budget(layout).base * layout.video_blocks)
     assert found.counts.min() >= 1
@@ -154,14 +155,21 @@ def test_ties_go_to_the_lower_block_and_a_global_budget_keeps_its_total() -> Non
 
 
 def test_fifty_steps_have_the_kinds_of_the_paper() -> None:
-    kinds = SparseConfig().step_kinds()
+    kinds = SparseConfig.paper().step_kinds()
     assert set(np.flatnonzero(kinds == StepKind.DENSE) + 1) == set(range(1, 10))
     assert list(np.flatnonzero(kinds == StepKind.FUSED_SEARCH) + 1) == [10]
     assert list(np.flatnonzero(kinds == StepKind.CACHED_SEARCH) + 1) == [30]
     assert (kinds == StepKind.SPARSE).sum() == 39
-    assert SparseConfig(steps=20).search == (4, 12)
+    assert SparseConfig.paper(20).search == (4, 12)
     few = {1: (1,), 2: (2,), 4: (2,), 5: (2, 3), 6: (2, 4), 8: (2, 5)}
-    assert {steps: SparseConfig(steps=steps).search for steps in few} == few
+    assert {steps: SparseConfig.paper(steps).search for steps in few} == few
+
+
+def test_one_early_search_is_the_default() -> None:
+    searches = {1: (1,), 2: (2,), 8: (2,), 25: (3,), 40: (5,), 50: (6,)}
+    assert {steps: SparseConfig(steps=steps).search for steps in searches} == searches
+    kinds = SparseConfig().step_kinds().tolist()
+    assert kinds == [StepKind.DENSE] * 5 + [StepKind.FUSED_SEARCH] + [StepKind.SPARSE] * 44
     assert list(SparseConfig(steps=6, dense_last_steps=2).step_kinds()[-2:]) == [StepKind.DENSE] * 2
 
 
@@ -190,17 +198,21 @@ def test_full_scale_state_has_the_size_of_the_reference() -> None:
     state = jax.eval_shape(lambda: SparseState.create(layout, config, 1, 24, layers=60))
     size = lambda x: x.size * x.dtype.itemsize / 1e9
     assert state.indices.dtype == jnp.uint16
-    assert size(state.indices) == pytest.approx(0.75, rel=0.02)
+    assert size(state.indices) == pytest.approx(0.5, rel=0.02)
+    tiers = dataclasses.replace(config, head_adaptive=True)
+    wider = jax.eval_shape(lambda: SparseState.create(layout, tiers, 1, 24, layers=60))
+    assert size(wider.indices) == pytest.approx(0.75, rel=0.02)
     assert size(state.lse) == pytest.approx(0.69, rel=0.02)
     huge = TokenLayout.create((64, 64, 64), 0, 1)
     assert (
-        jax.eval_shape(lambda: SparseState.create(huge, SparseConfig(block_size=1), 1, 1)).indices.dtype == jnp.uint32
+        jax.eval_shape(lambda: SparseState.create(huge, SparseConfig.paper(block_size=1), 1, 1)).indices.dtype
+        == jnp.uint32
     )
 
 
 def call_of(order: str, text: int, sparsity: float = 0.7, heads: int = 4, rows: int = 16):
     """(config, layout, q, k, v, block_valid, state) of one call; query blocks of `rows`."""
-    config = SparseConfig(sparsity=sparsity, block_size=16, query_block_size=rows, token_order=order)  # type: ignore[arg-type]
+    config = SparseConfig.paper(sparsity=sparsity, block_size=16, query_block_size=rows, token_order=order)
     layout = config.layout((5, 6, 9), text)
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.standard_normal((2, layout.length, heads, 32)) * 1.5, jnp.float32) for _ in range(3))

@@ -19,24 +19,28 @@ def tiny_model(tiny_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_quality_compares_variants_at_equal_work(tiny_model: None, tmp_path: Path) -> None:
-    names, levels = ["none", "pooled"], [0.9]
+    names, levels = ["AdaSpa", "default", "preset fast"], [0.9]
     file, picture = tmp_path / "deep/rows.json", tmp_path / "docs/front.png"
     how = {"variant": names, "work_": levels, "steps": 5, "prompts": 2, "seeds": 2}
     quality.main(model=["embedded"], json=file, picture=picture, **how)
     rows = json.loads(file.read_text())
-    assert {(row["variant"], row["level"]) for row in rows} >= {(name, 0.9) for name in names}
+    assert [(row["variant"], row["level"]) for row in rows] == [
+        ("AdaSpa", 0.9),
+        ("default", 0.9),
+        ("preset fast", None),
+    ]
     for row in rows:
-        assert row["level"] - 0.2 < row["work"] <= row["level"]
+        assert row["level"] is None or row["level"] - 0.2 < row["work"] <= row["level"]
         assert len(row["of_video"]["psnr_db"]) == 4
         assert row["psnr_db"] == pytest.approx(np.mean(row["of_video"]["psnr_db"]))
-        assert (row["stand_ins"] > 0) == row["variant"].startswith("pooled")
-        if row["variant"] == "none":
+        assert (row["stand_ins"] > 0) == (row["variant"] != "AdaSpa")
+        if row["variant"] == "AdaSpa":
             assert row["gain_db"] == 0
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_quality_counts_work() -> None:
-    config = SparseConfig(steps=50, sparsity=0.8, search_steps=(10, 30))
+    config = SparseConfig.paper(token_order="cube")
     layout = config.layout((10, 16, 16), 0)  # 40 blocks: 8 kept
     assert quality.work(config, layout) == pytest.approx((10 + 0.5 + 0.5 + 40 * 0.2) / 50)
     pooled = dataclasses.replace(config, compensation="pooled")

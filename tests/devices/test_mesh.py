@@ -44,7 +44,7 @@ def test_on_eight_devices(which: str) -> None:
     assert " passed" in ended.stdout
 
 
-CONFIG = SparseConfig(block_size=16, steps=5, sparsity=0.6)
+CONFIG = SparseConfig.paper(5, block_size=16, sparsity=0.6, token_order="cube")
 POOLED = dataclasses.replace(CONFIG, compensation="pooled")
 WIDE = dataclasses.replace(POOLED, query_block_size=32)
 MESHES = [
@@ -172,7 +172,7 @@ def test_the_whole_sampler(create: Any, mesh: str, weights: Any) -> None:
             embeddings[name + "prompt_attention_mask"] = np.array([[1, 1, 1, 1, 0, 0]])
             embeddings[name + "pooled_prompt_embeds"] = rng.standard_normal((1, 8)).astype(np.float32)
     alone = VideoPipeline((model,), family.scheduler, family)
-    config = dataclasses.replace(CONFIG, search_steps=(2, 3), steps=4)
+    config = dataclasses.replace(POOLED, search_steps=(2, 3), steps=4)
     sample = lambda pipeline: pipeline.sample(embeddings, config, size=VideoSize(5, 64, 80), guidance=guidance, seed=3)
     expected = sample(alone)
     spread = dataclasses.replace(alone, sharding=AttentionSharding(parse_mesh(mesh, 4, 2, config)))
@@ -190,7 +190,7 @@ def test_the_whole_sampler(create: Any, mesh: str, weights: Any) -> None:
 @eight
 def test_a_foreign_dit_on_a_mesh() -> None:
     """As the README shows it: the state made where it belongs, one more argument of the attention call."""
-    config = dataclasses.replace(CONFIG, steps=6)
+    config = dataclasses.replace(POOLED, steps=6)
     layout = config.layout((4, 6, 5))
     sharding = AttentionSharding(jax.make_mesh((1, 4, 2), ("data", "rows", "heads")))
     make = lambda sharding=None: SparseState.create(layout, config, 1, foreign_dit.HEADS, 2, sharding=sharding)
@@ -205,15 +205,15 @@ def test_a_foreign_dit_on_a_mesh() -> None:
 @eight
 def test_what_is_compiled() -> None:
     """Four all-to-alls a layer, q, k, v and out, and nothing gathered but text and heads' recalls."""
-    layout = CONFIG.layout((4, 32, 32), text=0)
+    layout = POOLED.layout((4, 32, 32), text=0)
     sharding = AttentionSharding(make_mesh(heads=8))
     length = sharding.video_length(layout)
     shape = jax.ShapeDtypeStruct((1, length, 8, 16), jnp.float32, sharding=sharding.named("data", "tokens"))
-    state = jax.eval_shape(lambda: SparseState.create(layout, CONFIG, 1, 8, sharding=sharding))
+    state = jax.eval_shape(lambda: SparseState.create(layout, POOLED, 1, 8, sharding=sharding))
 
     def step(q: Any, k: Any, v: Any, state: Any) -> Any:
         parts = [(x, x[:, :0]) for x in (q, k, v)]
-        return attend(*parts, state, StepKind.SPARSE, layout=layout, config=CONFIG, sharding=sharding)
+        return attend(*parts, state, StepKind.SPARSE, layout=layout, config=POOLED, sharding=sharding)
 
     text = jax.jit(step).lower(shape, shape, shape, state).compile().as_text()
     assert text.count(" all-to-all(") + text.count(" all-to-all-start(") == 4

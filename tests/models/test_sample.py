@@ -49,7 +49,8 @@ def test_compare_writes_everything(tiny_pipeline: Path, tmp_path: Path) -> None:
     converted = convert(tiny_pipeline, tmp_path / "converted")
     out = tmp_path / "deep" / "out"
     call = [sys.executable, "-m", "models.sample", "--checkpoint", str(converted), "--compare", "--out", str(out)]
-    call += ["--steps", "6", "--block-size", "16", "--sparsity", "0.75", *(x for p in PROMPTS for x in ("--prompt", p))]
+    call += ["--steps", "6", "--search-step", "2", "--search-step", "4", "--block-size", "16", "--sparsity", "0.75"]
+    call += [x for prompt in PROMPTS for x in ("--prompt", prompt)]
     kept = tmp_path / "kept"
     call += ["--compile-cache", str(kept)]
     done = subprocess.run(call, cwd=ROOT, capture_output=True, text=True, timeout=300)
@@ -176,7 +177,7 @@ def test_block_pictures_need_the_mass(pipeline: HunyuanVideoPipeline) -> None:
 
 
 def test_report_measures_the_run(pipeline: HunyuanVideoPipeline) -> None:
-    config = SparseConfig(sparsity=0.5, block_size=16, steps=10, dense_layers=(1,))
+    config = SparseConfig(sparsity=0.5, block_size=16, steps=10, search_steps=(2, 6), dense_layers=(1,))
     run = pipeline.sample(PROMPTS, config, keep_mass=True)
     assert run.report is not None
     assert run.report.density == pytest.approx(9 / 17)
