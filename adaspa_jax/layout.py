@@ -2,9 +2,10 @@
 
 Every model uses one internal order, [video | pad | text | pad], both parts padded to whole blocks. The video part is
 in raster order, as in the paper, or in 3D cubes of one block each: neighbours in space and time share a block, so the
-attention mass sits in fewer blocks. Blocks of queries may be larger than those of keys: they are the cubes then, cut
-into smaller ones. Attention does not care about order once RoPE is applied, so a model packs
-its tokens and RoPE tables once and unpacks its output.
+attention mass sits in fewer blocks. What a grid leaves past its whole cubes is tiled with flatter ones and comes last,
+so that the last block alone has padding. Blocks of queries may be larger than those of keys: they are the cubes then,
+cut into smaller ones. Attention does not care about order once RoPE is applied, so a model packs its tokens and RoPE
+tables once and unpacks its output.
 """
 
 import itertools
@@ -20,11 +21,27 @@ from jax import Array
 TokenOrder = Literal["raster", "cube"]
 
 
-def best_cube(grid: tuple[int, int, int], block: int) -> tuple[int, int, int]:
-    """The cube of `block` tokens, sides powers of two, with least padding of `grid`; the most compact among equals."""
+def best_cube(grid: tuple[int, ...], block: int) -> tuple[int, int, int] | None:
+    """The most compact cube of `block` tokens in `grid`, sides powers of two, that leaves least; None: none fits."""
     sides = [2**i for i in range(block.bit_length())]
     cubes = [c for c in itertools.product(sides, repeat=3) if math.prod(c) == block]
-    return min(cubes, key=lambda c: (math.prod(-(-n // s) for n, s in zip(grid, c, strict=True)), sum(c), c))
+    fits = [c for c in cubes if all(s <= n for s, n in zip(c, grid, strict=True))]
+    whole = lambda c: math.prod(n // s for s, n in zip(c, grid, strict=True))
+    return min(fits, key=lambda c: (sum(c), -whole(c), c), default=None)
+
+
+def _tiles(cells: np.ndarray, block: int) -> list[np.ndarray]:
+    """`cells` [F, R, C] as cubes [N, t, h, w]: of `block` tokens as long as one fits, then of half as many."""
+    if not cells.size:
+        return []
+    cube = best_cube(cells.shape, block)
+    if cube is None:
+        return _tiles(cells, block // 2)
+    (t, h, w), (a, b, c) = cube, (n // s for n, s in zip(cells.shape, cube, strict=True))
+    f, r, k = a * t, b * h, c * w
+    cubes = cells[:f, :r, :k].reshape(a, t, b, h, c, w).transpose(0, 2, 4, 1, 3, 5).reshape(-1, t, h, w)
+    slabs = cells[f:], cells[:f, r:], cells[:f, :r, k:]
+    return [cubes, *itertools.chain.from_iterable(_tiles(slab, block) for slab in slabs)]
 
 
 def _cut(cubes: np.ndarray, parts: int) -> np.ndarray:
@@ -45,8 +62,8 @@ class TokenLayout:
     """Text tokens, 0 for none."""
     block: int
     """Tokens of a block, a power of two."""
-    cube: tuple[int, int, int] | None
-    """Sides of a block of queries in frames, rows and columns; None for raster order."""
+    order: TokenOrder
+    """Of the video tokens."""
     query_block: int
     """Video tokens whose rows share a list of blocks, one block or a power of two of them."""
 
@@ -59,7 +76,7 @@ class TokenLayout:
         order: TokenOrder = "raster",
         query_block_size: int | None = None,
     ) -> "TokenLayout":
-        """Checks its arguments (ValueError) and picks the cube shape for `order="cube"`."""
+        """Checks its arguments (ValueError)."""
         if len(grid) != 3 or min(grid) < 1:
             raise ValueError(f"{grid=} must be three positive numbers of tokens: frames, rows, columns")
         if text < 0:
@@ -71,20 +88,17 @@ class TokenLayout:
             raise ValueError(f"{query_block_size=} must be a power of two and at least {block_size=}")
         if order not in get_args(TokenOrder):
             raise ValueError(f"{order=} must be one of {', '.join(get_args(TokenOrder))}")
-        cube = best_cube(grid, query_block) if order == "cube" else None
-        return cls((grid[0], grid[1], grid[2]), text, block_size, cube, query_block)
+        return cls((grid[0], grid[1], grid[2]), text, block_size, order, query_block)
 
     @property
     def video_tokens(self) -> int:
         """Video tokens without padding."""
         return math.prod(self.grid)
 
-    @cached_property
+    @property
     def query_blocks(self) -> int:
         """Blocks of the video's queries."""
-        if self.cube is None:
-            return -(-self.video_tokens // self.query_block)
-        return math.prod(-(-n // s) for n, s in zip(self.grid, self.cube, strict=True))
+        return -(-self.video_tokens // self.query_block)
 
     @property
     def video_blocks(self) -> int:
@@ -128,20 +142,14 @@ class TokenLayout:
 
         Padding repeats the first of the block of queries.
         """
-        raster = np.arange(self.video_tokens, dtype=np.int32)
-        if self.cube is None:
-            size = self.query_block
-            blocks = np.pad(raster, (0, -len(raster) % size), constant_values=-1).reshape(-1, size)
-        else:
-            pads = [(0, -n % s) for n, s in zip(self.grid, self.cube, strict=True)]
-            cells = np.pad(raster.reshape(self.grid), pads, constant_values=-1)
-            (t, h, w), (a, b, c) = self.cube, cells.shape
-            cells = cells.reshape(a // t, t, b // h, h, c // w, w).transpose(0, 2, 4, 1, 3, 5)
-            blocks = _cut(cells.reshape(-1, t, h, w), self.query_block // self.block)
-        real = blocks >= 0
-        blocks = np.take_along_axis(blocks, np.argsort(~real, axis=1, kind="stable"), axis=1)
+        tokens = np.arange(self.video_tokens, dtype=np.int32)
+        if self.order == "cube":
+            tiles, parts = _tiles(tokens.reshape(self.grid), self.query_block), self.query_block // self.block
+            whole = [_cut(cubes, parts).reshape(-1) for cubes in tiles if cubes[0].size == self.query_block]
+            tokens = np.concatenate(whole + [cubes.reshape(-1) for cubes in tiles if cubes[0].size < self.query_block])
+        blocks = np.pad(tokens, (0, self.video_length - len(tokens)), constant_values=-1).reshape(-1, self.query_block)
         packed = np.where(blocks >= 0, blocks, blocks[:, :1])
-        return packed.reshape(-1).astype(np.int32), real.sum(1).astype(np.int32)
+        return packed.reshape(-1), (blocks >= 0).sum(1, dtype=np.int32)
 
     @cached_property
     def _inverse(self) -> np.ndarray:
@@ -154,7 +162,7 @@ class TokenLayout:
 
     @property
     def _is_identity(self) -> bool:
-        return self.cube is None and self.video_length == self.video_tokens
+        return self.order == "raster" and self.video_length == self.video_tokens
 
     def pack_video(self, x: Array) -> Array:
         """[B, video_tokens, ...] in raster order to [B, video_length, ...]; padding repeats real tokens."""

@@ -20,6 +20,7 @@ from adaspa_jax import (
     head_tiers,
     select_blocks,
 )
+from adaspa_jax.layout import best_cube
 from tests.foreign_dit import HEADS, Euler, ForeignDit
 from tests.matrix import in_matrix
 
@@ -49,11 +50,31 @@ def test_packing_puts_every_token_in_one_place(layout: TokenLayout) -> None:
 
 def test_the_blocks_of_a_query_block_are_cubes_side_by_side() -> None:
     layout = TokenLayout.create((8, 8, 8), 0, 64, "cube", 128)
-    assert (layout.cube, layout.query_blocks, layout.video_blocks) == ((4, 4, 8), 4, 8)
+    assert (layout.query_blocks, layout.video_blocks) == (4, 8)
     frames, rows, columns = np.unravel_index(np.asarray(layout.pack_video(jnp.arange(512)[None]))[0], layout.grid)
     for block in range(layout.video_blocks):
         inside = slice(64 * block, 64 * block + 64)
         assert [int(np.ptp(x[inside])) for x in (frames, rows, columns)] == [3, 3, 3]
+
+
+def test_only_the_last_block_of_a_clip_is_padded() -> None:
+    """720p x 129 frames: cubes of 4 x 4 x 4, the last frame's squares and the last row's, 16 tokens over."""
+    layout = TokenLayout.create((33, 45, 80), 256, 64, "cube")
+    assert layout.video_blocks == 1857
+    assert layout.video_valid.tolist() == [64] * 1856 + [16]
+    places = np.asarray(layout.pack_video(jnp.arange(layout.video_tokens)[None]))[0].reshape(-1, 64)
+    extents = [tuple(int(np.ptp(x)) + 1 for x in np.unravel_index(block, layout.grid)) for block in places]
+    shapes = {shape: extents.count(shape) for shape in set(extents)}
+    assert shapes == {(4, 4, 4): 1760, (1, 8, 8): 50, (1, 4, 16): 5, (1, 1, 64): 1, (8, 1, 8): 40, (1, 1, 16): 1}
+
+
+def test_what_no_cube_fits_in_is_cut_by_halves() -> None:
+    layout = TokenLayout.create((3, 3, 3), 0, 16, "cube")
+    places = np.asarray(layout.pack_video(jnp.arange(27)[None]))[0]
+    assert best_cube((3, 3, 3), 16) is None
+    frames, rows, columns = np.unravel_index(places[:8], (3, 3, 3))  # the first piece is a cube of half a block
+    assert [int(np.ptp(x)) for x in (frames, rows, columns)] == [1, 1, 1]
+    assert layout.video_valid.tolist() == [16, 11]
 
 
 @pytest.mark.parametrize("changes", [{"query_block_size": 32}, {"query_block_size": 96}, {"query_block_size": 1.5}])
