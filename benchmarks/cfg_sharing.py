@@ -6,6 +6,7 @@ The embedded model was not trained for classifier-free guidance: the negative br
 SSIM against dense from the same noise, a search for each branch and one for both; means over the prompts.
 """
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -49,11 +50,12 @@ def main(
     def run(config: SparseConfig, **options: Any) -> Any:
         return pipeline.sample(branch | nothing, config, guidance=Guidance(scale), implementation=kernels, **options)
 
-    dense = run(SparseConfig(steps=steps), dense=True).latents
+    config = SparseConfig.paper(steps, token_order="cube")
+    dense = run(config, dense=True).latents
     rows = []
     for sparsity in track(SPARSITIES, "sampling"):
         for shared in (False, True):
-            sample = run(SparseConfig(steps=steps, sparsity=sparsity, share_cfg_indices=shared))
+            sample = run(dataclasses.replace(config, sparsity=sparsity, share_cfg_indices=shared))
             state = sum(x.nbytes for s in sample.states[0] for x in (s.indices, s.counts, s.lse))
             rows.append(
                 {
