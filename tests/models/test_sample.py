@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -153,6 +154,15 @@ def test_sparsity_0_samples_what_dense_samples(pipeline: HunyuanVideoPipeline) -
     np.testing.assert_allclose(sparse.video, dense.video, atol=2e-5)
     assert sparse.report is not None
     assert sparse.report.density == 1.0
+
+
+@pytest.mark.parametrize("compensation", ["none", "pooled"])
+def test_the_kernels_sample_what_dense_arithmetic_with_masks_samples(
+    pipeline: HunyuanVideoPipeline, compensation: Any
+) -> None:
+    config = SparseConfig(sparsity=0.7, block_size=16, steps=6, search_steps=(2, 4), compensation=compensation)
+    ours, oracle = (pipeline.sample(PROMPTS[:1], config, implementation=name) for name in ("xla", "reference"))
+    np.testing.assert_allclose(ours.video, oracle.video, atol=1e-4)
 
 
 def test_runs_repeat_exactly_and_seeds_differ(pipeline: HunyuanVideoPipeline) -> None:
