@@ -1,8 +1,9 @@
 """What is kept between runs, in the user's cache folder: XDG_CACHE_HOME/adaspa_jax, or ~/.cache/adaspa_jax.
 
-All of it may be deleted at any time.
+All of it may be deleted at any time; what was longest out of use goes when there is too much.
 """
 
+import contextlib
 import os
 import tempfile
 from pathlib import Path
@@ -12,6 +13,8 @@ from jax.experimental.compilation_cache import compilation_cache
 
 _LEAST_SECONDS = 0.2
 """Of a compilation that is worth a file."""
+MOST_BYTES = 8 << 30
+"""Of one kind of thing."""
 
 
 def cache_folder(name: str) -> Path | None:
@@ -23,6 +26,24 @@ def cache_folder(name: str) -> Path | None:
     except RuntimeError:
         return None
     return base / "adaspa_jax" / name
+
+
+def trim(folder: Path, most_bytes: int | None = None) -> None:
+    """Deletes files of ours, those used longest ago first, until `most_bytes`, by default MOST_BYTES, are left."""
+    used = []
+    for path in folder.iterdir():
+        # Another run may delete as well.
+        with contextlib.suppress(OSError):
+            if path.is_file() and not path.is_symlink():
+                facts = path.stat()
+                used.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
+    left = sum(size for _, size, _ in used) - (MOST_BYTES if most_bytes is None else most_bytes)
+    for _, size, path in sorted(used):
+        if left <= 0:
+            break
+        with contextlib.suppress(OSError):
+            path.unlink()
+        left -= size
 
 
 def keep_compiled(given: str | None) -> str | None:
@@ -43,6 +64,8 @@ def keep_compiled(given: str | None) -> str | None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
+        if given is None:
+            trim(folder)
     except OSError as error:
         if given is None:
             return f"compiled programs are not kept: {folder} cannot be written ({error.strerror})"

@@ -20,7 +20,7 @@ import numpy as np
 from rich.console import Console
 
 from models.checkpoint.safetensors_folder import read_json
-from models.commands.caches import cache_folder
+from models.commands.caches import cache_folder, trim
 from models.commands.encoders import OF_IMAGES, OF_SAMPLING
 from models.pipeline.embeddings import Embeddings, read_embeddings, write_tensors
 from models.pipeline.families import VideoSize
@@ -81,6 +81,7 @@ class Encoder:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             write_tensors(folder / key, embeddings)
+            trim(folder)
         except OSError as error:
             self.console.print(f"embeddings are not cached: {error}", highlight=False, markup=False, soft_wrap=True)
             return None

@@ -1,5 +1,6 @@
 """What is compiled is kept, where it can be."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,18 @@ def test_programs_are_kept_in_the_cache_of_the_user(unset: Path) -> None:
         compile_something(2.5)
         jax.clear_caches()
     assert entries(unset) == 1
+
+
+def test_what_was_longest_out_of_use_goes(unset: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unset.mkdir(parents=True)
+    for age, name in enumerate("dbca"):
+        (unset / name).write_bytes(bytes(100))
+        os.utime(unset / name, (1e9 - age, 1e9 - age))
+    (unset / "a folder").mkdir()
+    (unset / "link").symlink_to("a")
+    monkeypatch.setattr(caches, "MOST_BYTES", 250)
+    assert keep_compiled(None) is None
+    assert {path.name for path in unset.iterdir()} == {"d", "b", "a folder", "link"}
 
 
 def test_programs_are_kept_where_it_is_said(unset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
