@@ -33,7 +33,7 @@ SCHEDULES = {
 def main(
     json: Annotated[Path | None, typer.Option(help="write the rows to this file")] = None,
     sparsity: Annotated[float, typer.Option(help="share of block pairs to skip")] = 0.8,
-    compensation: Annotated[str, typer.Option(help="what stands for skipped blocks: none or pooled")] = "none",
+    compensation: Annotated[str, typer.Option(help="what stands for skipped blocks: none or pooled")] = "pooled",
 ) -> None:
     """Prints quality and work by number of steps and by search steps."""
     words, prompts = HunyuanVideoPipeline.load(MODELS["embedded"].checkpoint), list(MODELS["embedded"].prompts[:5])
