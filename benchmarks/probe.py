@@ -8,7 +8,7 @@ if it is no easier than real ones: they hold 0.75 of the mass and more in those 
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -69,13 +69,14 @@ def main(
     steps: Annotated[int, typer.Option(help="denoising steps", min=2)] = 50,
     prompts: Annotated[int, typer.Option(help="how many of the benchmark's", min=1, max=8)] = 8,
     seed: Annotated[int, typer.Option(help="of the noise")] = 0,
+    dtype: Annotated[Literal["float32", "bfloat16"], typer.Option(help="of the model")] = "float32",
     implementation: Annotated[str | None, typer.Option(help="kernels to run, see pallas_kernels")] = None,
 ) -> None:
     """Prints recall and change of velocity by step, and their means: all steps, and the middle third."""
     kernels: Implementation | None = implementation  # type: ignore[assignment]
     known = model_of(model, checkpoint)
-    folder, pipeline = known.checkpoint, HunyuanVideoPipeline.load(known.checkpoint)
-    config = SparseConfig(steps=steps, sparsity=0.8, head_adaptive=False)
+    folder, pipeline = known.checkpoint, HunyuanVideoPipeline.load(known.checkpoint, jnp.dtype(dtype))
+    config = SparseConfig(steps=steps, sparsity=0.8, compensation="none")
     rows = probe(pipeline, list(known.prompts[:prompts]), config, seed=seed, implementation=kernels)
     middle = rows[steps // 3 : steps - steps // 3]
     mean = lambda name, rows: float(np.nanmean([row[name] for row in rows]))
