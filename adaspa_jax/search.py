@@ -10,7 +10,7 @@ from adaspa_jax.config import Budget, SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.sharding import ALONE, Spread
 from adaspa_jax.state import index_dtype
-from pallas_kernels import ascending, lookup, pack_bits, partial_first
+from pallas_kernels import ascending, lookup, pack_bits, partial_first, varying
 
 
 class Selection(NamedTuple):
@@ -67,7 +67,7 @@ def select_blocks(
     ranked = _prefer_sinks(mass, layout)
     kmax = budget.high if config.row_wise else layout.num_blocks
     heaviest, indices = lax.top_k(ranked, kmax)
-    base = jnp.full(mass.shape[:3], budget.base, jnp.int32)
+    base = varying.constant(budget.base, mass.shape[:3], jnp.int32, mass)
     if not config.row_wise:
         base = _spend_globally(ranked, base[..., 0])
     order = places if places is not None else jnp.zeros((0, 0), jnp.int32)

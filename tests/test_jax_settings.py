@@ -89,9 +89,10 @@ def test_kernels_inside_shard_map(implementation: str) -> None:
     check_equal(jax.jit(sharded)(x), jax.jit(run)(x))
 
 
-def test_a_step_inside_shard_map() -> None:
-    q, state, spec = jnp.asarray(tokens()), SparseState.create(LAYOUT, CONFIG, 1, 4), PartitionSpec("devices")
-    step = lambda q, state, kind: adaspa_attention(q, q, q, state, kind, layout=LAYOUT, config=CONFIG)
+@pytest.mark.parametrize("config", [CONFIG, SparseConfig.paper(5, block_size=16, token_order="cube", sparsity=0.5)])
+def test_a_step_inside_shard_map(config: SparseConfig) -> None:
+    q, state, spec = jnp.asarray(tokens()), SparseState.create(LAYOUT, config, 1, 4), PartitionSpec("devices")
+    step = lambda q, state, kind: adaspa_attention(q, q, q, state, kind, layout=LAYOUT, config=config)
     sharded = jax.shard_map(step, mesh=MESH, in_specs=(spec, spec, PartitionSpec()), out_specs=spec)
     sharded, alone = jax.jit(sharded), jax.jit(step)
     for kind in StepKind:

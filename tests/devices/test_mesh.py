@@ -44,7 +44,7 @@ def test_on_eight_devices(which: str) -> None:
     assert " passed" in ended.stdout
 
 
-CONFIG = SparseConfig.paper(5, block_size=16, sparsity=0.6, token_order="cube")
+CONFIG = SparseConfig.paper(5, block_size=16, sparsity=0.6, token_order="cube", recall_threshold=0.7)
 POOLED = dataclasses.replace(CONFIG, compensation="pooled")
 WIDE = dataclasses.replace(POOLED, query_block_size=32)
 MESHES = [

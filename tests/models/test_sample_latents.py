@@ -36,7 +36,7 @@ def test_from_embeddings_to_video_and_decoded_again(wan_pipeline: Path, tmp_path
     report = json.loads((out / "report.json").read_text())
     assert report["prompts"] == ["a cat"]
     assert (report["frames"], report["height"], report["width"], report["fps"]) == (9, 48, 80, 16)
-    assert report["sparsity"] == 0.5
+    assert report["sparsity"] == 0.7
     assert report["details"]["density_by_layer"][0] == 1.0
     assert report["density"] == pytest.approx(report["details"]["density_by_layer"][1])
     assert report["details"]["step_kinds"]["dense"] == [1, 6]
