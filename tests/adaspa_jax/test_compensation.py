@@ -88,12 +88,12 @@ def test_calibrated_stand_ins_are_better_than_plain_ones_and_those_than_none(smo
 
 def test_a_search_finds_how_far_to_go() -> None:
     """Between the kept blocks alone and with stand-ins, as near to dense attention as a number a head gets."""
-    q, k, _ = tokens(0.3)
-    qkv = 5 * q, k, k  # what a row looks for is what it finds, in the dropped blocks too
+    _, k, _ = tokens(0.3)
+    qkv = 4 * k, k, k  # what a row looks for is what it finds, in the dropped blocks too
     dense, found = run(qkv, CONFIG, StepKind.FUSED_SEARCH)
     at = lambda share: run(qkv, CONFIG, StepKind.SPARSE, found._replace(strength=share))[0]
     ends = [at(jnp.full_like(found.strength, share)) for share in (0.0, 1.0)]
-    assert error(at(found.strength), dense) < 0.99 * min(error(end, dense) for end in ends)
+    assert error(at(found.strength), dense) < 0.95 * min(error(end, dense) for end in ends)
     kept, both = (np.asarray(end, np.float64)[:, REAL] for end in ends)
     change, missing = both - kept, np.asarray(dense, np.float64)[:, REAL] - kept
     best = (change * missing).sum((1, 3)) / np.square(change).sum((1, 3))

@@ -42,7 +42,9 @@ def rows(tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureReques
     which = ["--cases", "all"] if request.param == "all" else ["--cases", "few", "--chip", "v6e"]
     printed = run("-m", "benchmarks.tpu.static", *which, "--json", str(file))
     assert "NOTHING RAN ON A TPU" in printed
-    assert "target is met" in printed, printed
+    # Block 64 on v6e and v7x is among the cases of "all", and is known to miss.
+    met = "every other target is met" if request.param == "all" else "every target is met"
+    assert met in printed, printed
     return json.loads(file.read_text())
 
 
