@@ -28,8 +28,8 @@ def cache_folder(name: str) -> Path | None:
     return base / "adaspa_jax" / name
 
 
-def trim(folder: Path, most_bytes: int | None = None) -> None:
-    """Deletes files of ours, those used longest ago first, until `most_bytes`, by default MOST_BYTES, are left."""
+def trim(folder: Path) -> None:
+    """Deletes files of ours, those used longest ago first, until MOST_BYTES are left."""
     used = []
     for path in folder.iterdir():
         # Another run may delete as well.
@@ -37,7 +37,7 @@ def trim(folder: Path, most_bytes: int | None = None) -> None:
             if path.is_file() and not path.is_symlink():
                 facts = path.stat()
                 used.append((max(facts.st_atime, facts.st_mtime), facts.st_size, path))
-    left = sum(size for _, size, _ in used) - (MOST_BYTES if most_bytes is None else most_bytes)
+    left = sum(size for _, size, _ in used) - MOST_BYTES
     for _, size, path in sorted(used):
         if left <= 0:
             break

@@ -71,21 +71,21 @@ class Encoder:
         missing = {key: prompt for key, prompt in zip(keys, wanted.prompts, strict=True) if key not in found}
         if missing:
             made = self._encode_apart(wanted, list(missing.values()))
-            for i, key in enumerate(missing):
-                found[key] = {name: x[i : i + 1] for name, x in made.items()}
-                folder = None if folder is None else self._keep(folder, key, found[key])
+            new = {key: {name: x[i : i + 1] for name, x in made.items()} for i, key in enumerate(missing)}
+            found |= new
+            if folder is not None:
+                self._keep(folder, new)
         return {name: np.concatenate([found[key][name] for key in keys]) for name in found[keys[0]]}
 
-    def _keep(self, folder: Path, key: str, embeddings: Embeddings) -> Path | None:
-        """Writes to the cache; where that fails, it is said once and None is returned: the run goes on."""
+    def _keep(self, folder: Path, embeddings: dict[str, Embeddings]) -> None:
+        """Writes to the cache by key; where that fails, it is said once: the run goes on."""
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_tensors(folder / key, embeddings)
+            for key, one in embeddings.items():
+                write_tensors(folder / key, one)
             trim(folder)
         except OSError as error:
             self.console.print(f"embeddings are not cached: {error}", highlight=False, markup=False, soft_wrap=True)
-            return None
-        return folder
 
     def _encode_apart(self, wanted: Wanted, prompts: list[str]) -> Embeddings:
         """In a process of its own, which leaves the device to PyTorch."""
