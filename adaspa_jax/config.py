@@ -102,11 +102,10 @@ class SparseConfig:
         if self.steps < 1:
             raise ValueError(f"steps={self.steps} must be at least 1")
         self._check_steps(self.search)
-        if self.token_order not in get_args(TokenOrder):
-            raise ValueError(f"token_order={self.token_order!r} must be one of {', '.join(get_args(TokenOrder))}")
-        if self.score_precision not in get_args(ScorePrecision):
-            names = ", ".join(get_args(ScorePrecision))
-            raise ValueError(f"score_precision={self.score_precision!r} must be one of {names}")
+        named = {"token_order": TokenOrder, "score_precision": ScorePrecision, "compensation": Compensation}
+        for name, known in named.items():
+            if getattr(self, name) not in get_args(known):
+                raise ValueError(f"{name}={getattr(self, name)!r} must be one of {', '.join(get_args(known))}")
         self._check_compensation()
         if any(layer < 0 for layer in self.dense_layers):
             raise ValueError(f"dense_layers={self.dense_layers} must not be negative")
@@ -141,9 +140,6 @@ class SparseConfig:
             raise ValueError(f"search_steps={search}: the last {self.dense_last_steps} of {self.steps} steps are dense")
 
     def _check_compensation(self) -> None:
-        if self.compensation not in get_args(Compensation):
-            names = ", ".join(get_args(Compensation))
-            raise ValueError(f"compensation={self.compensation!r} must be one of {names}")
         if self.compensation == "none":
             return
         if not self.row_wise:

@@ -51,12 +51,20 @@ def quantize(call: SparseCall) -> Quantized:
     return Quantized(rounded_q, rounded_k, (scale_q * scale_k)[..., 0], offset)
 
 
-def emulated(call: SparseCall, run: Callable[[SparseCall], tuple[Array, Array]]) -> tuple[Array, Array]:
-    """A call with scores in 8 bits by a kernel `run` that knows none, on their values in float32."""
+def in_8_bits(call: SparseCall, run: Callable[[SparseCall, Array], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """A call by a kernel `run` of quantised q and k and their `row_scale`; the mean of k is put back here."""
     z = quantize(call)
     shift = None if call.shift is None else call.shift - z.offset
-    plain = dataclasses.replace(
-        call, q=z.q.astype(jnp.float32) * z.row_scale[..., None], k=z.k.astype(jnp.float32), shift=shift
-    )
-    out, lse = run(dataclasses.replace(plain, v=call.v.astype(jnp.float32), score_precision="input"))
-    return out.astype(call.v.dtype), lse + z.offset
+    out, lse = run(dataclasses.replace(call, q=z.q, k=z.k, shift=shift), z.row_scale)
+    return out, lse + z.offset
+
+
+def emulated(call: SparseCall, run: Callable[[SparseCall], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """A call with scores in 8 bits by a kernel `run` that knows none, on their values in float32."""
+
+    def plain(call: SparseCall, row_scale: Array) -> tuple[Array, Array]:
+        q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
+        return run(dataclasses.replace(call, q=q * row_scale[..., None], k=k, v=v, score_precision="input"))
+
+    out, lse = in_8_bits(call, plain)
+    return out.astype(call.v.dtype), lse

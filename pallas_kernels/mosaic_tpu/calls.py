@@ -14,7 +14,7 @@ from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, packed, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tables, tile_bias
-from pallas_kernels.quantized import quantize
+from pallas_kernels.quantized import in_8_bits
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
 PROGRAM_ROWS = 1024
@@ -131,10 +131,7 @@ def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None =
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
     if call.score_precision == "input":
         return _over_lists(call, tuning)
-    z = quantize(call)
-    shift = None if call.shift is None else call.shift - z.offset
-    out, lse = _over_lists(dataclasses.replace(call, q=z.q, k=z.k, shift=shift), tuning, z.row_scale)
-    return out, lse + z.offset
+    return in_8_bits(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
 
 
 def _over_lists(
