@@ -5,6 +5,7 @@ Nothing of the model's size is ever in memory. Needs the `torch` extra, for keys
 
 import json
 import math
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,9 @@ from models.checkpoint.registry import PORTS
 from models.checkpoint.safetensors_folder import SINGLE
 from models.pipeline.embeddings import write_tensors
 from models.transformers.hunyuan_video import HunyuanVideoConfig
+from models.transformers.wan import WanConfig
 
-HUNYUAN_VIDEO = "HunyuanVideoTransformer3DModel"
-_TEXT = 256
+HUNYUAN_VIDEO, WAN = "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"
 
 
 def write_transformer(folder: Path, name: str, options: dict[str, Any], scale: float = 1.0) -> int:
@@ -47,25 +48,72 @@ def write_transformer(folder: Path, name: str, options: dict[str, Any], scale: f
     return size
 
 
-def write_hunyuan_video(folder: Path) -> tuple[int, Path]:
-    """A pipeline of HunyuanVideo 13B with its VAE and prompt embeddings: (bytes of the transformer, embeddings)."""
-    import diffusers
-    import torch
+@dataclass(frozen=True)
+class Synthetic:
+    """A pipeline folder of a published model, with a VAE and prompt embeddings."""
 
-    # So small that activations stay finite through 60 layers.
-    size = write_transformer(folder / "transformer", HUNYUAN_VIDEO, {}, scale=0.01)
-    torch.manual_seed(0)
-    vae: Any = diffusers.AutoencoderKLHunyuanVideo()
-    vae.to(torch.float16).save_pretrained(folder / "vae")
-    scheduler: Any = diffusers.FlowMatchEulerDiscreteScheduler(shift=7.0)
-    scheduler.save_pretrained(folder / "scheduler")
-    (folder / "model_index.json").write_text(json.dumps({"_class_name": "HunyuanVideoPipeline"}), encoding="utf-8")
-    rng, config = np.random.default_rng(1), HunyuanVideoConfig()
-    embeddings = {
-        "prompt_embeds": rng.standard_normal((1, _TEXT, config.text_embed_dim), np.float32),
-        "prompt_attention_mask": np.ones((1, _TEXT), np.int64),
-        "pooled_prompt_embeds": rng.standard_normal((1, config.pooled_projection_dim), np.float32),
-    }
-    file = folder / "prompts.safetensors"
-    write_tensors(file, embeddings, {"prompts": json.dumps(["noise"])})
-    return size, file
+    transformer: str
+    """Class of diffusers."""
+    vae: str
+    vae_dtype: str
+    scheduler: str
+    scheduler_options: dict[str, Any]
+    index: dict[str, Any]
+    """What model_index.json says besides the folders."""
+    embeddings: dict[str, tuple[int, ...]]
+    """Name -> shape of one prompt's; masks are all ones."""
+    experts: int = 1
+    options: dict[str, Any] = field(default_factory=dict)
+    """Of the transformer, where not the class's own."""
+    vae_options: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, folder: Path) -> Path:
+        """Writes it and returns the file of embeddings, which is in it."""
+        import diffusers
+        import torch
+
+        for name in ("transformer", "transformer_2")[: self.experts]:
+            # So small that activations stay finite through all layers.
+            write_transformer(folder / name, self.transformer, self.options, scale=0.01)
+        torch.manual_seed(0)
+        vae = getattr(diffusers, self.vae)(**self.vae_options)
+        vae.to(getattr(torch, self.vae_dtype)).save_pretrained(folder / "vae")
+        getattr(diffusers, self.scheduler)(**self.scheduler_options).save_pretrained(folder / "scheduler")
+        (folder / "model_index.json").write_text(json.dumps(self.index), encoding="utf-8")
+        rng, file = np.random.default_rng(1), folder / "prompts.safetensors"
+        draw = lambda name, shape: (
+            np.ones(shape, np.int64) if "mask" in name else rng.standard_normal(shape, np.float32)
+        )
+        embeddings = {name: draw(name, (1, *shape)) for name, shape in self.embeddings.items()}
+        write_tensors(file, embeddings, {"prompts": json.dumps(["noise"])})
+        return file
+
+
+_HUNYUAN, _WAN = HunyuanVideoConfig(), WanConfig()
+_HUNYUAN_TEXT, _WAN_TEXT = 256, 512
+PIPELINES = {
+    "HunyuanVideo 13B": Synthetic(
+        transformer=HUNYUAN_VIDEO,
+        vae="AutoencoderKLHunyuanVideo",
+        vae_dtype="float16",
+        scheduler="FlowMatchEulerDiscreteScheduler",
+        scheduler_options={"shift": 7.0},
+        index={"_class_name": "HunyuanVideoPipeline"},
+        embeddings={
+            "prompt_embeds": (_HUNYUAN_TEXT, _HUNYUAN.text_embed_dim),
+            "prompt_attention_mask": (_HUNYUAN_TEXT,),
+            "pooled_prompt_embeds": (_HUNYUAN.pooled_projection_dim,),
+        },
+    ),
+    "Wan 2.2 A14B": Synthetic(
+        transformer=WAN,
+        vae="AutoencoderKLWan",
+        vae_dtype="float32",
+        scheduler="UniPCMultistepScheduler",
+        scheduler_options={"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 5.0},
+        index={"_class_name": "WanPipeline", "boundary_ratio": 0.875},
+        embeddings=dict.fromkeys(("prompt_embeds", "negative_prompt_embeds"), (_WAN_TEXT, _WAN.text_dim)),
+        experts=2,
+    ),
+}
+"""At their published sizes."""
