@@ -4,8 +4,9 @@
 
 Every variant is run at the same attention work, in units of a dense run: a dense step 1, a search's block mass 0.5
 more, a sparse step its density, stand-ins (1 - density) / block. The levels of work are those of "AdaSpa", the paper's
-way in cube order, at sparsity 0.9, 0.8 and 0.5. The presets follow, at their own work. PSNR, SSIM and flicker are means
-over prompts and seeds; `gain_db` is the paired difference to AdaSpa at the same work, `gain_error` its standard error.
+way in cube order, at sparsity 0.9, 0.8 and 0.5. Lists hold whole blocks, so others run at the two sparsities next to a
+level and their figures are interpolated. The presets follow, at their own work. PSNR, SSIM and flicker are means over
+prompts and seeds; `gain_db` is the paired difference to AdaSpa at the same work, `gain_error` its standard error.
 
 "embedded" is the demo's model. "yardstick", in benchmarks/yardstick, was made by `models.demo.train --preset hard`: its
 attention is as concentrated as that of large models. `benchmarks.probe` says how hard a model is.
@@ -83,6 +84,8 @@ def model_of(name: str, checkpoint: Path | None = None) -> Model:
 
 BASE, PRESET = "AdaSpa", "preset "
 """The variant that the others are compared with, and what the names of presets begin with."""
+_SAME = 1e-9
+"""Works that differ by less are equal."""
 MASS_WORK = 0.5
 """Of a dense step's attention: one of its two products."""
 LEVELS = (0.9, 0.8, 0.5)
@@ -130,14 +133,16 @@ def work(config: SparseConfig, layout: TokenLayout) -> float:
     return sum(cost[StepKind(kind)] for kind in config.step_kinds()) / config.steps
 
 
-def at_work(config: SparseConfig, layout: TokenLayout, most: float) -> SparseConfig | None:
-    """`config` at the sparsity whose work is nearest below `most`; None if there is none."""
+def at_work(config: SparseConfig, layout: TokenLayout, most: float) -> list[SparseConfig]:
+    """`config` at the two sparsities whose work is next to `most`, the lesser first; one if that is it; or none."""
     total = layout.num_blocks
+    above: list[SparseConfig] = []
     for kept in range(total, layout.text_blocks, -1):
         found = dataclasses.replace(config, sparsity=1 - kept / total)
-        if work(found, layout) <= most + 1e-9:
-            return found
-    return None
+        if (own := work(found, layout)) <= most + _SAME:
+            return [found] if own >= most - _SAME or not above else [found, *above]
+        above = [found]
+    return []
 
 
 def flicker(video: np.ndarray, reference: np.ndarray) -> float:
@@ -193,15 +198,40 @@ class Bench:
         }
 
 
-def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> Iterator[tuple[str, SparseConfig]]:
-    """(variant, configuration) of every level that a variant can work at, the least work first, then of the presets."""
+@dataclass(frozen=True)
+class Job:
+    """A variant at a sparsity, to be run for a level of work; NaN: for none, as presets are."""
+
+    variant: str
+    config: SparseConfig
+    level: float = math.nan
+
+
+def jobs(bench: Bench, chosen: dict[str, SparseConfig], levels: list[float]) -> Iterator[list[Job]]:
+    """Those of every level that a variant can work at, the least work first, then the presets."""
     layouts = {name: bench.layout(config) for name, config in chosen.items()}
     for most in levels:
         for name, config in chosen.items():
-            found = at_work(config, layouts[name], most)
-            if found is not None and not name.startswith(PRESET):
-                yield name, found
-    yield from ((name, config) for name, config in chosen.items() if name.startswith(PRESET))
+            if not name.startswith(PRESET) and (found := at_work(config, layouts[name], most)):
+                yield [Job(name, own, most) for own in found]
+    yield from ([Job(name, config)] for name, config in chosen.items() if name.startswith(PRESET))
+
+
+def interpolated(rows: list[dict[str, Any]], level: float) -> dict[str, Any]:
+    """The row of one variant at a level of work, from its rows on both sides of it or the only one."""
+    if len(rows) == 1:
+        return rows[0] | {"level": level}
+    below, above = rows
+    share = (level - below["work"]) / (above["work"] - below["work"])
+
+    def mix(a: Any, b: Any) -> Any:
+        if isinstance(a, dict):
+            return {key: mix(a[key], b[key]) for key in a}
+        if isinstance(a, list):
+            return [mix(x, y) for x, y in zip(a, b, strict=True)]
+        return a + share * (b - a) if isinstance(a, float) and a != b else a  # equal ones may be infinite
+
+    return mix(below, above) | {"level": level}
 
 
 def default_levels(bench: Bench, steps: int) -> list[float]:
@@ -211,11 +241,8 @@ def default_levels(bench: Bench, steps: int) -> list[float]:
     return [work(dataclasses.replace(adaspa, sparsity=s), layout) for s in LEVELS]
 
 
-def add_gains(rows: list[dict[str, Any]], levels: list[float]) -> None:
-    """Adds `level`, NaN for a preset, and the paired difference to AdaSpa at that level with its standard error."""
-    for row in rows:
-        above = [most for most in levels if row["work"] <= most + 1e-9 and not row["variant"].startswith(PRESET)]
-        row["level"] = min(above, default=math.nan)
+def add_gains(rows: list[dict[str, Any]]) -> None:
+    """Adds the paired difference to AdaSpa at the same level with its standard error, NaN where there is none."""
     base = {row["level"]: row for row in rows if row["variant"] == BASE}
     for row in rows:
         row["gain_db"] = row["gain_error"] = math.nan
@@ -255,8 +282,8 @@ def _start(bench: Callable[[], Bench], dense: np.ndarray) -> None:
     _WORKER.update(bench=bench(), dense=dense)
 
 
-def _row(job: tuple[str, SparseConfig]) -> dict[str, Any]:
-    return _WORKER["bench"].row(*job, _WORKER["dense"])
+def _row(job: Job) -> dict[str, Any]:
+    return _WORKER["bench"].row(job.variant, job.config, _WORKER["dense"])
 
 
 def measure(
@@ -270,16 +297,18 @@ def measure(
     """The rows of one model, as they are done; `make` is for the processes, which make a `bench` each."""
     dense = bench.run(next(iter(chosen.values())), dense=True).latents
     todo = list(jobs(bench, chosen, levels))
+    single = [job for group in todo for job in group]
     with ExitStack() as stack:
         if processes == 1:
-            done: Iterable[dict[str, Any]] = (bench.row(*job, dense) for job in todo)
+            done: Iterable[dict[str, Any]] = (bench.row(job.variant, job.config, dense) for job in single)
         else:
             # Each traces and compiles on its own: threads would wait for one another.
             context = multiprocessing.get_context("spawn")
             pool = ProcessPoolExecutor(processes, context, _start, (make, dense))
-            done = stack.enter_context(pool).map(_row, todo)
-        for row in track(done, f"sampling {name}", len(todo)):
-            yield {"model": name} | row
+            done = stack.enter_context(pool).map(_row, single)
+        shown = iter(track(done, f"sampling {name}", len(single)))
+        for group in todo:
+            yield {"model": name} | interpolated([next(shown) for _ in group], group[0].level)
 
 
 def load(model: Model, dtype: str, prompts: int, seeds: int, implementation: Implementation | None) -> Bench:
@@ -321,7 +350,7 @@ def main(
         levels = work_ or default_levels(bench, steps)
         for row in measure(name, bench, make, chosen, levels, processes):
             own.append(row)
-            add_gains(own, levels)
+            add_gains(own)
             write_json(json, rows + own)
         rows += own
     show(
