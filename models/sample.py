@@ -137,7 +137,7 @@ def main(
         bool, typer.Option("--share-cfg-indices", help="one search for both branches of guidance")
     ] = False,
     compensation: Annotated[
-        str | None, typer.Option(help="what stands for skipped blocks: none or pooled; default: none")
+        str | None, typer.Option(help="what stands for skipped blocks: none or pooled; default: pooled")
     ] = None,
     score_precision: Annotated[
         str | None,
