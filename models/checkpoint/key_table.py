@@ -1,8 +1,10 @@
 """Total mapping of a PyTorch checkpoint's keys to NNX parameters: every key used once, every shape checked."""
 
 import math
+import os
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -15,6 +17,10 @@ Kind = Literal["linear", "conv", "norm", "array", "unused"]
 Path = tuple[str, ...]
 _ALIGNMENT = 64  # bytes
 _STRIP = 256
+_THREADS = min(8, os.cpu_count() or 1)
+"""That read layers side by side: transposing is slower than memory."""
+_SMALL = 1 << 20
+"""Bytes of a parameter for which threads do not pay."""
 
 
 @dataclass(frozen=True)
@@ -55,14 +61,21 @@ class Leaf:
         one = index[1:] if self.stacked else index
         shape = tuple(len(range(n)[part]) for n, part in zip(self.shape, index, strict=True))
         out = _aligned(shape, np.dtype(dtype or tensors[self.keys[0]].dtype))
-        for i, layer in enumerate(layers):
+
+        def fill(i: int, layer: int) -> None:
             key = self.keys[layer]
             value = _read_slice(tensors[key], self.kind, self.path[-1], one)
-            if not is_finite(value):
+            if not _copy_finite(out[i] if self.stacked else out, value):
                 raise CheckpointError(
                     f"{tensors[key].file}: tensor {key!r} has NaN or infinite values; the weights are broken"
                 )
-            _copy(out[i] if self.stacked else out, value)
+
+        if len(layers) == 1 or out.nbytes < _SMALL:
+            for i, layer in enumerate(layers):
+                fill(i, layer)
+        else:
+            with ThreadPoolExecutor(_THREADS) as pool:
+                list(pool.map(fill, range(len(layers)), layers))
         return out
 
     @property
@@ -79,15 +92,25 @@ def _aligned(shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
     return memory[begin : begin + size].view(dtype).reshape(shape)
 
 
-def _copy(out: np.ndarray, value: np.ndarray) -> None:
-    """Copies, with a cast if need be; a transposed matrix in strips that stay in the cache, twice as fast."""
-    if out.dtype == value.dtype and out.dtype.itemsize == 2:  # as numpy's own type: bfloat16 copies element by element
-        out, value = out.view(np.uint16), value.view(np.uint16)
+def _strips(out: np.ndarray, value: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Both, a transposed matrix in strips that stay in the cache: copied twice as fast."""
     if value.ndim != 2 or value.strides[0] > value.strides[1]:
-        out[...] = value
+        yield out, value
         return
     for i in range(0, value.shape[1], _STRIP):
-        out[:, i : i + _STRIP] = value[:, i : i + _STRIP]
+        yield out[:, i : i + _STRIP], value[:, i : i + _STRIP]
+
+
+def _copy_finite(out: np.ndarray, value: np.ndarray) -> bool:
+    """Copies, with a cast if need be; whether all values are finite, else some may not have been copied."""
+    for target, source in _strips(out, value):
+        if not is_finite(source):
+            return False
+        if target.dtype == source.dtype and target.dtype.itemsize == 2:
+            # As numpy's own type: bfloat16 copies element by element.
+            target, source = target.view(np.uint16), source.view(np.uint16)
+        target[...] = source
+    return True
 
 
 def _read_slice(tensor: TensorView, kind: Kind, name: str, index: tuple[slice, ...]) -> np.ndarray:
