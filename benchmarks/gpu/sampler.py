@@ -78,29 +78,36 @@ def account(split: dict[str, float], config: SparseConfig, layers: int, total: f
     return [{"part": name, "seconds": s, "percent": 100 * s / total} for name, s in parts.items()]
 
 
-def compared(
-    model: HunyuanVideoTransformer, config: SparseConfig, name: str, dense: dict[str, Any], layers: int
-) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """(the run of a preset with its ratios to the run `dense`, where its time goes and what a layer takes)."""
-    split = attention_split(model, config)
-    print({kind: f"{1e3 * s:.2f} ms" for kind, s in split.items()}, flush=True)
+def compared(model: HunyuanVideoTransformer, config: SparseConfig, name: str, dense: dict[str, Any]) -> dict[str, Any]:
+    """The run of a preset and how much faster it is than the run `dense`."""
     run = sample(model, config, dense=False)
-    dense_attention = config.steps * layers * split["dense"]
-    own = layers * sum(split[StepKind(kind).name.lower()] for kind in config.step_kinds())
-    ratios = {
+    run |= {
         "preset": name,
         "sparsity": config.sparsity,
         "compensation": config.compensation,
         "search_steps": list(config.search),
         "sampler_speedup": dense["seconds"] / run["seconds"],
+    }
+    print(run, flush=True)
+    return run
+
+
+def taken_apart(
+    model: HunyuanVideoTransformer, config: SparseConfig, run: dict[str, Any], dense: dict[str, Any], layers: int
+) -> list[dict[str, Any]]:
+    """Rows of where the time of a preset's run goes and of what a layer takes; adds the share of attention to `run`."""
+    split = attention_split(model, config)
+    print({kind: f"{1e3 * s:.2f} ms" for kind, s in split.items()}, flush=True)
+    dense_attention = config.steps * layers * split["dense"]
+    own = layers * sum(split[StepKind(kind).name.lower()] for kind in config.step_kinds())
+    run |= {
         "attention_speedup": dense_attention / own,
         "attention_percent_of_dense_run": 100 * dense_attention / dense["seconds"],
     }
-    print(ratios, flush=True)
     parts = account(split, config, layers, run["seconds"])
-    show(f"{name}: where {run['seconds']:.1f} s go", parts)
+    show(f"{run['preset']}: where {run['seconds']:.1f} s go", parts)
     rows = [*parts, *({"one layer": kind, "ms": 1e3 * s} for kind, s in split.items())]
-    return run | ratios, [{"preset": name} | row for row in rows]
+    return [{"preset": run["preset"]} | row for row in rows]
 
 
 def main(
@@ -123,8 +130,10 @@ def main(
     print(dense, flush=True)
     rows: list[dict[str, Any]] = [device() | {"layers": list(layers)} | changes, dense]
     for name, config in configs.items():
-        run, details = compared(model, config, name, dense, sum(layers))
-        rows += [run, *details]
+        rows.append(compared(model, config, name, dense))
+        write_json(json, rows)
+    for run in [row for row in rows if "preset" in row]:
+        rows += taken_apart(model, configs[run["preset"]], run, dense, sum(layers))
         write_json(json, rows)
 
 
