@@ -49,10 +49,10 @@ def check_weights(pipeline: VideoPipeline, weights: Weights, limit: int | None) 
         raise ValueError(f"the weights take {_gib(size)} of a device that has {_gib(limit)}{_advice(pipeline)}")
 
 
-def overflow(runs: Runs, kinds: list[bool], limit: int) -> Need | None:
-    """Waits for the programs, `kinds` as for `Runs.compile`: what the largest needs if that is more than `limit`."""
+def overflow(runs: Runs, limit: int) -> Need | None:
+    """Waits for the programs: what they need, or the decoder, if that is more than `limit`."""
     with stderr().status("compiling"):
-        need = max((runs.program(dense).need for dense in kinds), key=lambda need: need.total)
+        need = runs.need()
     return need if need.total > limit else None
 
 
@@ -99,7 +99,7 @@ def _need(runs: Runs, size: VideoSize, kinds: list[bool], weights: Weights) -> N
     """What the same runs need at another size."""
     other = dataclasses.replace(runs, size=size, jobs=[_resized(runs, size)], programs={}, phases={})
     other.compile(kinds, weights)
-    return max((other.program(dense).need for dense in kinds), key=lambda need: need.total)
+    return other.need()
 
 
 def _resized(runs: Runs, size: VideoSize) -> Job:

@@ -180,11 +180,12 @@ def _loaded(runs: Runs, checkpoint: Path, options: Options, read: dict[str, Any]
     runs = dataclasses.replace(runs, pipeline=with_offload(runs.pipeline, options.offload, limit))
     check_weights(runs.pipeline, options.weights, limit)
     runs.compile(options.kinds, options.weights)
+    runs = runs if limit is None else runs.with_decoder()
     with Progress(console=stderr(), transient=True) as bar, timing(runs.phases, "load"):
         task = bar.add_task("loading", total=None)
         done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
         loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
-    if limit is not None and (need := overflow(runs, options.kinds, limit)) is not None:
+    if limit is not None and (need := overflow(runs, limit)) is not None:
         del loaded  # so that there is room to look for what fits
         raise cannot_fit(runs, options.kinds, options.weights, need, limit)
     return dataclasses.replace(runs, pipeline=loaded)

@@ -29,7 +29,7 @@ from models.pipeline.guidance import Guidance
 from models.pipeline.latents import SavedLatents, broken_runs, write_latents
 from models.pipeline.mesh import Weights
 from models.pipeline.plan import Plan
-from models.pipeline.program import Program
+from models.pipeline.program import Need, Program
 from models.pipeline.video import LatentSample, VideoPipeline
 from models.schedulers import FewStep
 
@@ -60,6 +60,8 @@ class Runs:
     """Seconds of what is done so far, but for the runs themselves."""
     programs: dict[bool, Future[Program]] = dataclasses.field(default_factory=dict)
     """Whether it is dense -> what is being compiled, for all jobs."""
+    decoder: Future[int] | None = None
+    """Bytes of a device that decoding takes, as it is compiled; None: no limit is known, or nothing is decoded."""
     strips: list[Strip] = dataclasses.field(default_factory=list)
     """Of the videos so far, where there are several runs."""
 
@@ -87,6 +89,30 @@ class Runs:
         program = self.programs[dense].result()
         self.phases["compile"] = self.phases.get("compile", 0.0) + time.perf_counter() - begun
         return program
+
+    def with_decoder(self) -> "Runs":
+        """Begins to compile the VAE's decoder, in a thread, to know what it needs; the same if nothing is decoded."""
+        if self.vae is None:
+            return self
+        from models.vae.decoding import decoding_need
+
+        sharding, pool = self.pipeline.sharding, ThreadPoolExecutor(1)
+        mesh, shape = None if sharding is None else sharding.mesh, self.plan(self.jobs[0]).shape
+        decoder = pool.submit(decoding_need, self.vae, shape, mesh=mesh)
+        pool.shutdown(wait=False)
+        return dataclasses.replace(self, decoder=decoder)
+
+    def need(self) -> Need:
+        """Waits for what is being compiled: the most that a device must hold, to sample or to decode."""
+        programs = [self.program(dense) for dense in self.programs]
+        needs = [program.need for program in programs]
+        if self.decoder is not None:
+            # Experts that take turns are not there while it runs.
+            resident = [0 if program.turns else program.need.weights for program in programs]
+            needs += [
+                Need(own, need.operands, self.decoder.result()) for own, need in zip(resident, needs, strict=True)
+            ]
+        return max(needs, key=lambda need: need.total)
 
     def sample(self, job: Job, *, dense: bool, **options: Any) -> LatentSample:
         """One run."""
@@ -121,8 +147,7 @@ class Runs:
             timesteps = scheduler.tables(self.config.steps)["timestep"].tolist()
             fields |= {"timesteps": timesteps, "shift": scheduler.shift, "renoise": scheduler.renoise}
         phases = self.phases | job.phases
-        needed = max(program.result().need.total for program in self.programs.values())
-        used = memory() | {"planned_device_bytes": needed, "offload": self.pipeline.offload}
+        used = memory() | {"planned_device_bytes": self.need().total, "offload": self.pipeline.offload}
         return fields | {"phases": {f"{name}_seconds": s for name, s in phases.items()}, "memory": used}
 
     def begin(self, results: Results | None) -> None:

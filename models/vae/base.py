@@ -123,17 +123,12 @@ class VideoVAE(nnx.Module):
 
         Raises ValueError for latents of another shape and for a tiling that the ratios do not divide.
         """
-        if latents.ndim != 5 or latents.shape[1] != self.channels or 0 in latents.shape:
-            raise ValueError(f"latents must be [B, {self.channels}, F, H, W]; got {list(latents.shape)}")
         tiling = tiling or Tiling()
-        batch, _, frames, *size = latents.shape
-        rows, columns = (space_windows(n, self.space_ratio, tiling) for n in size)
-        times = self._windows(frames, tiling)
-        windows = [(b, t, r, c) for b in range(batch) for t in times for r in rows for c in columns]
-        span = times[0].latents.stop - times[0].latents.start
+        windows, span = self._all_windows(latents.shape, tiling)
         done, total = 0, len(windows) * self._pieces(span, tiling)
         step, count = self._step(mesh), 1 if mesh is None else mesh.size
         unscaled = np.asarray(self.unscale(jnp.asarray(latents)).astype(self.dtype))
+        batch, _, frames, *size = latents.shape
         height, width = (n * self.space_ratio for n in size)
         video = np.zeros((batch, 3, self.time_ratio * (frames - 1) + 1, height, width), np.float32)
         for begin in range(0, len(windows), count):
@@ -147,6 +142,51 @@ class VideoVAE(nnx.Module):
                 if progress is not None:
                     progress(done, total)
         return np.clip(video, -1, 1, out=video)
+
+    def _all_windows(
+        self, shape: tuple[int, ...], tiling: Tiling
+    ) -> tuple[list[tuple[int, Window, Window, Window]], int]:
+        """((sample, time, row, column) of every window of latents [B, C, F, H, W], latent frames of one)."""
+        if len(shape) != 5 or shape[1] != self.channels or 0 in shape:
+            raise ValueError(f"latents must be [B, {self.channels}, F, H, W]; got {list(shape)}")
+        batch, _, frames, *size = shape
+        rows, columns = (space_windows(n, self.space_ratio, tiling) for n in size)
+        times = self._windows(frames, tiling)
+        found = [(b, t, r, c) for b in range(batch) for t in times for r in rows for c in columns]
+        return found, times[0].latents.stop - times[0].latents.start
+
+    def need(self, shape: tuple[int, ...], tiling: Tiling | None = None, mesh: Mesh | None = None) -> int:
+        """Bytes of a device that `decode` of latents of this shape takes, weights and all, as the compiler has it.
+
+        Weights need not be there. Each shape of piece is compiled, as `decode` will again, or finds it in JAX's cache.
+        Raises ValueError as `decode`.
+        """
+        tiling = tiling or Tiling()
+        windows, span = self._all_windows(shape, tiling)
+        graph, weights = nnx.split(self)
+        place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
+        weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), weights)
+        found: dict[tuple[int, ...], tuple[Any, int]] = {}
+
+        def step(latents: Any, cache: Any) -> tuple[Any, Any]:
+            if latents.shape not in found:
+                compiled = decode_wave.lower(graph, mesh, weights, latents, cache).compile()
+                memory = compiled.memory_analysis()
+                sizes = memory and (
+                    memory.argument_size_in_bytes,
+                    memory.output_size_in_bytes,
+                    memory.temp_size_in_bytes,
+                )
+                as_input = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+                out = jax.tree.map(as_input, compiled.out_info, compiled.output_shardings)
+                found[latents.shape] = out, sum(sizes or ())
+            return found[latents.shape][0]
+
+        sides = [part.latents.stop - part.latents.start for part in windows[0][2:]]
+        wave = np.zeros((1 if mesh is None else mesh.size, self.channels, span, *sides), self.dtype)
+        for _ in self._decode_window(step, wave, tiling):
+            pass
+        return max(size for _, size in found.values())
 
     def _step(self, mesh: Mesh | None) -> Step:
         """One piece on every device of the mesh."""

@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from models.checkpoint.safetensors_folder import is_finite, read_json
-from models.vae.load import load_vae, vae_folder
+from models.vae.load import abstract_vae, load_vae, vae_folder
 
 
 def check_decoder(path: str | Path, channels: int, follow_links: bool = False) -> None:
@@ -31,6 +31,17 @@ def check_decoder(path: str | Path, channels: int, follow_links: bool = False) -
         raise ValueError(
             f"{folder} decodes latents of {found} channels, but the model samples {channels}; give the model's VAE"
         )
+
+
+def decoding_need(path: str | Path, shape: tuple[int, ...], *, dtype: str = "float32", mesh: Mesh | None = None) -> int:
+    """Bytes of a device that `decode_latents` of latents [B, C, F, H, W] takes; 0 for PyTorch's, which uses none.
+
+    Reads no weights, see `VideoVAE.need`.
+    """
+    config: dict[str, Any] = read_json(vae_folder(Path(path)) / "config.json")
+    if config.get("_class_name") == "AutoencoderKLCogVideoX":
+        return 0
+    return abstract_vae(config, jnp.dtype(dtype)).need(shape, mesh=mesh)
 
 
 def decode_latents(

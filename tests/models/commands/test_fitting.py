@@ -11,6 +11,7 @@ from flax import nnx
 from models import sample
 from models.commands import prepare
 from models.commands.fitting import device_limit, nearest_frames
+from models.commands.runs import Runs
 from models.pipeline.embeddings import write_tensors
 from models.pipeline.program import bytes_of
 from models.pipeline.video import VideoPipeline
@@ -38,6 +39,7 @@ def planned(tmp_path: Path) -> dict[str, Any]:
 
 
 def test_a_run_that_cannot_fit_names_one_that_does(run: Any, tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(Runs, "with_decoder", lambda self: self)  # the VAE is as large as the model here
     assert run(None, *LONG)[0] == 0
     need = planned(tmp_path)["planned_device_bytes"]
     assert run(need, *LONG)[0] == 0  # just so
@@ -130,3 +132,19 @@ def test_the_nearest_length(limit: int, curve: Any) -> None:
 
 def test_a_cpu_has_no_limit() -> None:
     assert device_limit() is None
+
+
+def test_a_decoder_that_needs_more_than_the_sampler_counts(
+    run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    short = ("--frames", 5, "--steps", 2, "--dense")
+    assert run(None, *short)[0] == 0
+    sampling = planned(tmp_path)["planned_device_bytes"]
+    assert run(1 << 40, *short)[0] == 0
+    decoding = planned(tmp_path)["planned_device_bytes"]
+    assert decoding > 1.01 * sampling
+    with monkeypatch.context() as patch:
+        patch.setattr(VideoPipeline, "sample", None)
+        code, line = run((sampling + decoding) // 2, *short)
+    assert code == 2
+    assert "this run needs" in line
