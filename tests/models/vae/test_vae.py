@@ -5,6 +5,7 @@ import json
 import sys
 from unittest.mock import Mock, call
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -326,3 +327,15 @@ def test_without_pytorch_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "diffusers", None)
     with pytest.raises(ImportError, match=r"pip install 'adaspa_jax\[torch\]'"):
         decode_with_diffusers(tmp_path, latents_of(1, 16, 1, 2, 2))
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_need_is_that_of_the_largest_piece(name: str) -> None:
+    create, options = TINY[name]
+    vae = abstract_vae({"_class_name": create.__name__} | options, jnp.float32)
+    shape = (1, vae.channels, 5, 16, 24)
+    weights = sum(x.size * 4 for x in jax.tree.leaves(nnx.state(vae)))
+    small, large = (vae.need(shape, Tiling(size, size * 3 // 4)) for size in (64, 128))
+    assert weights < small < large < vae.need(shape, WHOLE)
+    with pytest.raises(ValueError, match=r"latents must be \[B, "):
+        vae.need((1, vae.channels + 1, 5, 16, 24))
