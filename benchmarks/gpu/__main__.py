@@ -63,9 +63,9 @@ def peers(tokens: int, sets: list[tuple[Array, Array, Array]]) -> Iterator[dict[
 
 
 def torch_rows(sizes: list[int]) -> list[dict[str, Any]]:
-    """SDPA and FlexAttention, in a process of its own: torch and jax would share the memory."""
+    """The contenders of `benchmarks.gpu.torch_peers`."""
     with tempfile.NamedTemporaryFile(suffix=".json") as file:
-        command = [sys.executable, "-m", "benchmarks.gpu.torch_baselines", file.name, *map(str, sizes)]
+        command = [sys.executable, "-m", "benchmarks.gpu.torch_peers", file.name, *map(str, sizes)]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
         if ended.returncode:
             print(f"torch was not timed: {ended.stderr.strip().splitlines()[-1:]}")
@@ -108,7 +108,7 @@ def main(
     tokens: Annotated[list[int] | None, typer.Option(help="sequence lengths; repeatable")] = None,
     implementation: Annotated[list[str] | None, typer.Option(help="of ours, to time; repeatable")] = None,
     density: Annotated[list[float] | None, typer.Option(help="of the block lists; repeatable")] = None,
-    torch: Annotated[bool, typer.Option(help="time torch's SDPA and FlexAttention too")] = True,
+    torch: Annotated[bool, typer.Option(help="time the contenders of benchmarks.gpu.torch_peers too")] = True,
     compile_only_: Annotated[bool, typer.Option("--compile-only", help="compile without a GPU")] = False,
     tune: Annotated[bool, typer.Option("--tune", help="time tile sizes and print a tuning table")] = False,
 ) -> None:

@@ -112,7 +112,7 @@ def devices(arch: str, count: int = 1) -> list[Any]:
 
 
 def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
-    """Registers and spilled bytes of one kernel's PTX; `ptxas` for PTX newer than the toolkit."""
+    """Registers, spilled bytes and warnings that wgmmas are serialized; `ptxas` for PTX newer than the toolkit."""
     arch = re.search(r"\.target (sm_\w+)", ptx)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -127,6 +127,7 @@ def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
     return {
         "registers": max(numbers(r"Used (\d+) registers")),
         "spill_bytes": sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
+        "serialized": ended.stderr.count("instructions are serialized"),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from benchmarks.gpu import compiled
 from benchmarks.gpu.compiled import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
 from tests.matrix import in_matrix
 
@@ -48,12 +49,14 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
     return json.loads(file.read_text())
 
 
-def test_every_default_configuration_compiles_without_spills(rows: list[dict[str, Any]]) -> None:
+def test_every_default_configuration_compiles_without_spills_or_serialized_products(rows: list[dict[str, Any]]) -> None:
     arch = rows[0]["arch"]
     served = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
     assert sorted({(row["implementation"], row["kernel"]) for row in rows}) == sorted(served)
     for row in rows:
         assert row["spill_bytes"] == 0, row
+        # Triton schedules its own products; ours must overlap.
+        assert row["serialized"] == 0 or row["implementation"] != "mosaic_gpu", row
         assert row["local_memory"] == 0, row
         assert row["smem_bytes"] <= TARGETS[arch]["shared_memory_per_block_optin"], row
 
@@ -68,6 +71,20 @@ def test_every_kernel_uses_the_matrix_units_it_should(rows: list[dict[str, Any]]
             assert row["mma_sync"] == 0, row
         # Q, and K, and V where there is one.
         assert (row["tma_loads"] >= 3) == (row["implementation"] == "mosaic_gpu"), row
+
+
+LOG = """
+ptxas info    : 8 bytes stack frame, 12 bytes spill stores, 4 bytes spill loads
+ptxas info    : (C7513) Potential Performance Loss: wgmma.mma_async instructions are serialized due to non wgmma
+ptxas info    : Used 168 registers, used 16 barriers
+"""
+
+
+def test_what_ptxas_says_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.CompletedProcess([], 0, "", LOG)
+    monkeypatch.setattr(compiled.subprocess, "run", lambda *given, **options: ended)
+    found = compiled.run_ptxas(".target sm_90a", Path("ptxas"))
+    assert found == {"registers": 168, "spill_bytes": 16, "serialized": 1}
 
 
 # Whole functions through XLA, ptxas spills being errors; the last one for eight GPUs.
