@@ -20,15 +20,25 @@ import typer
 
 from benchmarks.synthetic import PIPELINES
 from benchmarks.table import show, write_json
+from models.checkpoint.safetensors_folder import read_json
 from models.commands.cli import run_cli
+from models.pipeline.mesh import parse_axes
+from models.pipeline.offload import check_offload
 
 EMBEDDINGS = "prompts.safetensors"
 
 
 def written(model: str, folder: Path) -> Path:
-    """The pipeline of a model in `folder`, written unless it is there."""
+    """The pipeline of a model in `folder`, written unless it is there.
+
+    Raises ValueError if what is there is another one, or was not written to its end.
+    """
     pipeline = folder / model.lower().replace(" ", "-")
-    if not (pipeline / EMBEDDINGS).is_file():  # the last file to be written
+    if pipeline.exists():
+        index, last = pipeline / "model_index.json", pipeline / EMBEDDINGS
+        if not last.is_file() or read_json(index) != PIPELINES[model].index:
+            raise ValueError(f"{pipeline} is no whole {model} of this benchmark; delete it, or give another --folder")
+    else:
         begun = time.perf_counter()
         PIPELINES[model].write(pipeline)
         size = sum(file.stat().st_size for file in pipeline.rglob("*") if file.is_file())
@@ -41,7 +51,8 @@ def sampled(pipeline: Path, out: Path, *options: Any) -> dict[str, Any]:
     command = [sys.executable, "-m", "models.sample", "--checkpoint", pipeline, "--out", out]
     command += ["--embeddings", pipeline / EMBEDDINGS, *options]
     begun = time.perf_counter()
-    subprocess.run([str(part) for part in command], check=True)
+    if ended := subprocess.run([str(part) for part in command]).returncode:
+        raise ValueError(f"models.sample ended with {ended}: what it said is above")
     total = time.perf_counter() - begun
     report = json_module.loads((out / "report.json").read_text(encoding="utf-8"))
     names = ("frames", "height", "width", "steps", "implementation", "density")
@@ -55,7 +66,7 @@ def main(
     mesh: Annotated[str | None, typer.Option(help="as for models.sample; default: one device")] = None,
     weights: Annotated[str | None, typer.Option(help="as for models.sample")] = None,
     offload: Annotated[str | None, typer.Option(help="as for models.sample")] = None,
-    steps: Annotated[int, typer.Option(help="denoising steps")] = 4,
+    steps: Annotated[int, typer.Option(help="denoising steps", min=1)] = 4,
     runs: Annotated[int, typer.Option(help="of the same command, one after the other", min=1)] = 1,
     folder: Annotated[
         Path | None, typer.Option(help="keep the checkpoint here, and take it if it is here; default: a temporary one")
@@ -68,6 +79,12 @@ def main(
         raise ValueError(f"--model {model!r} must be one of {', '.join(PIPELINES)}")
     if write_only and folder is None:
         raise ValueError("--write-only needs --folder, where the checkpoint stays")
+    if mesh is not None:
+        parse_axes(mesh)
+    elif weights is not None:
+        raise ValueError(f"--weights {weights} is for several devices; give --mesh, or leave it out")
+    check_offload(offload or "none", PIPELINES[model].experts)  # type: ignore[arg-type]
+    write_json(json, [])  # if it cannot be, then now
     with tempfile.TemporaryDirectory(prefix="adaspa-full-") as temporary, nullcontext(folder or temporary) as place:
         pipeline = written(model, Path(place))
         if write_only:

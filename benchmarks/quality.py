@@ -134,13 +134,16 @@ def work(config: SparseConfig, layout: TokenLayout) -> float:
 
 
 def at_work(config: SparseConfig, layout: TokenLayout, most: float) -> list[SparseConfig]:
-    """`config` at the two sparsities whose work is next to `most`, the lesser first; one if that is it; or none."""
+    """`config` at the two sparsities whose work is next to `most`, the lesser first; one if that is it; or none.
+
+    None for more than all blocks are worth, and for less than the fewest.
+    """
     total = layout.num_blocks
     above: list[SparseConfig] = []
     for kept in range(total, layout.text_blocks, -1):
         found = dataclasses.replace(config, sparsity=1 - kept / total)
         if (own := work(found, layout)) <= most + _SAME:
-            return [found] if own >= most - _SAME or not above else [found, *above]
+            return [found] if own >= most - _SAME else [found, *above] if above else []
         above = [found]
     return []
 
@@ -238,7 +241,7 @@ def default_levels(bench: Bench, steps: int) -> list[float]:
     """The work of AdaSpa at each of LEVELS."""
     adaspa = variants(steps)[BASE]
     layout = bench.layout(adaspa)
-    return [work(dataclasses.replace(adaspa, sparsity=s), layout) for s in LEVELS]
+    return list(dict.fromkeys(work(dataclasses.replace(adaspa, sparsity=s), layout) for s in LEVELS))
 
 
 def add_gains(rows: list[dict[str, Any]]) -> None:
@@ -295,8 +298,10 @@ def measure(
     processes: int,
 ) -> Iterator[dict[str, Any]]:
     """The rows of one model, as they are done; `make` is for the processes, which make a `bench` each."""
-    dense = bench.run(next(iter(chosen.values())), dense=True).latents
     todo = list(jobs(bench, chosen, levels))
+    if not todo:
+        raise ValueError(f"no variant of {', '.join(chosen)} works at {', '.join(f'{x:g}' for x in levels)} of dense")
+    dense = bench.run(next(iter(chosen.values())), dense=True).latents
     single = [job for group in todo for job in group]
     with ExitStack() as stack:
         if processes == 1:

@@ -32,6 +32,7 @@ class GGUFTensor:
     """Where one tensor lies: rows of blocks."""
 
     file: Path
+    name: str
     offset: int
     kind: str
     """GGML's type."""
@@ -84,7 +85,7 @@ def _tensor(path: Path, found: Any, reader: Any, architecture: str) -> GGUFTenso
         raise ValueError(f"tensor {found.name!r} {list(stored)} cannot be {list(shape)}")
     if kind not in _DTYPES:
         problem = f"{path}: tensor {found.name!r} is {kind} of GGUF; read are {', '.join(_DTYPES)}: give one of those"
-    return GGUFTensor(path, int(found.data_offset), kind, stored, shape, architecture, problem)
+    return GGUFTensor(path, found.name, int(found.data_offset), kind, stored, shape, architecture, problem)
 
 
 def read_gguf(path: Path) -> dict[str, GGUFTensor]:

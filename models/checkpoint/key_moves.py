@@ -19,6 +19,10 @@ class TensorView(Protocol):
         """Where it lies, for messages."""
 
     @property
+    def name(self) -> str:
+        """Its key in the file, for messages."""
+
+    @property
     def dtype(self) -> np.dtype:
         """Of the file."""
 
@@ -47,6 +51,11 @@ class Over:
     def file(self) -> Path:
         """The tensor's."""
         return self.tensor.file
+
+    @property
+    def name(self) -> str:
+        """The tensor's."""
+        return self.tensor.name
 
     @property
     def dtype(self) -> np.dtype:

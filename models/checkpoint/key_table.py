@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import ml_dtypes
 import numpy as np
 
 from models.checkpoint.key_moves import TensorView
@@ -63,12 +64,10 @@ class Leaf:
         out = _aligned(shape, np.dtype(dtype or tensors[self.keys[0]].dtype))
 
         def fill(i: int, layer: int) -> None:
-            key = self.keys[layer]
-            value = _read_slice(tensors[key], self.kind, self.path[-1], one)
-            if not _copy_finite(out[i] if self.stacked else out, value):
-                raise CheckpointError(
-                    f"{tensors[key].file}: tensor {key!r} has NaN or infinite values; the weights are broken"
-                )
+            tensor = tensors[self.keys[layer]]
+            value = _read_slice(tensor, self.kind, self.path[-1], one)
+            if problem := _copy(out[i] if self.stacked else out, value):
+                raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} has {problem}")
 
         if len(layers) == 1 or out.nbytes < _SMALL:
             for i, layer in enumerate(layers):
@@ -101,16 +100,20 @@ def _strips(out: np.ndarray, value: np.ndarray) -> Iterator[tuple[np.ndarray, np
         yield out[:, i : i + _STRIP], value[:, i : i + _STRIP]
 
 
-def _copy_finite(out: np.ndarray, value: np.ndarray) -> bool:
-    """Copies, with a cast if need be; whether all values are finite, else some may not have been copied."""
+def _copy(out: np.ndarray, value: np.ndarray) -> str | None:
+    """Copies, with a cast if need be; None, or what is wrong with the values: then not all are copied."""
+    narrower = float(ml_dtypes.finfo(out.dtype).max) < float(ml_dtypes.finfo(value.dtype).max)
     for target, source in _strips(out, value):
         if not is_finite(source):
-            return False
+            return "NaN or infinite values; the weights are broken"
         if target.dtype == source.dtype and target.dtype.itemsize == 2:
             # As numpy's own type: bfloat16 copies element by element.
             target, source = target.view(np.uint16), source.view(np.uint16)
-        target[...] = source
-    return True
+        with np.errstate(over="ignore"):
+            target[...] = source
+        if narrower and not is_finite(target):
+            return f"values that {out.dtype} cannot hold; load it in float32"
+    return None
 
 
 def _read_slice(tensor: TensorView, kind: Kind, name: str, index: tuple[slice, ...]) -> np.ndarray:

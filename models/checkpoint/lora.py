@@ -31,11 +31,11 @@ _WHOLE: dict[Part, str] = {"diff": ".weight", "diff_b": ".bias", "diff_m": ".mod
 """Part -> parameter of the module that it is a difference of."""
 
 
-def _finite(key: str, tensor: TensorView, index: tuple[slice, ...]) -> np.ndarray:
+def _finite(tensor: TensorView, index: tuple[slice, ...]) -> np.ndarray:
     """Its values in float32. Raises CheckpointError for NaN and infinite ones."""
     value = tensor.read(index).astype(np.float32)
     if not is_finite(value):
-        raise CheckpointError(f"{tensor.file}: tensor {key!r} has NaN or infinite values; the LoRA is broken")
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} has NaN or infinite values; the LoRA is broken")
     return value
 
 
@@ -53,7 +53,7 @@ class Whole:
 
     def read(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """float32, of the slice."""
-        return _finite(self.key, self.tensor, index) * np.float32(self.factor)
+        return _finite(self.tensor, index) * np.float32(self.factor)
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,8 @@ class LowRank:
     def misfit(self, shape: tuple[int, ...]) -> str | None:
         """Why it cannot be added to a parameter of that shape; None: it can."""
         down, up = self.down.shape, self.up.shape
-        fits = len(shape) > 1 and up[:2] == (shape[0], *down[:1]) and math.prod(up[2:]) == 1
+        ranked = len(down) > 1 and down[0] > 0
+        fits = len(shape) > 1 and ranked and up[:2] == (shape[0], down[0]) and math.prod(up[2:]) == 1
         if fits and math.prod(down[1:]) == math.prod(shape[1:]):
             return None
         return f"{self.key!r} is {list(down)}, and its other half {list(up)}"
@@ -77,8 +78,8 @@ class LowRank:
     def read(self, shape: tuple[int, ...], index: tuple[slice, ...]) -> np.ndarray:
         """float32, of the slice, computed from the rows of B and columns of A that it needs."""
         rank, columns = self.down.shape[0], index[1:]
-        up = _finite(self.key, self.up, index[:1]).reshape(-1, rank)
-        down = _finite(self.key, self.down, (slice(None), *columns) if columns else ()).reshape(rank, -1)
+        up = _finite(self.up, index[:1]).reshape(-1, rank)
+        down = _finite(self.down, (slice(None), *columns) if columns else ()).reshape(rank, -1)
         return (up @ down * np.float32(self.factor)).reshape(-1, *(shape[1:] if not columns else down.shape[1:]))
 
 
@@ -152,7 +153,7 @@ def _pieces(file: LoraFile, adapter: Adapter, scale: float) -> Iterator[Piece]:
     if "down" in parts:
         key, down = parts["down"]
         *_, plain = _without_prefixes(adapter.module)
-        factor *= file.factor(adapter, plain, max(1, *down.shape[:1]))
+        factor *= file.factor(adapter, plain, max([1, *down.shape[:1]]))
         yield key, ".weight", parts["up"][1], lambda rows: LowRank(key, down, rows, factor)
     if "bias" in parts:
         name, bias = parts["bias"]

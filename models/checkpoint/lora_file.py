@@ -40,6 +40,10 @@ _OTHERS = {
 """Keys of relatives of LoRA that are not read -> their names."""
 
 
+_LARGEST = 1e6
+"""Scale: beyond it float32 may not hold the sum."""
+
+
 @dataclass(frozen=True)
 class Lora:
     """An adapter to merge into a transformer."""
@@ -52,8 +56,11 @@ class Lora:
     """Of Wan 2.2 A14B, whose; None: of all."""
 
     def __post_init__(self) -> None:
-        if not math.isfinite(self.scale) or not self.scale:
-            raise CheckpointError(f"{self.path}: the scale of a LoRA must be a number other than 0, not {self.scale}")
+        if not 0 < abs(self.scale) <= _LARGEST:
+            raise CheckpointError(
+                f"{self.path}: the scale of a LoRA must be a number other than 0, at most {_LARGEST:g} in size, not "
+                f"{self.scale}"
+            )
 
 
 LoraLike = Lora | tuple[str | Path, float] | str | Path
@@ -67,7 +74,11 @@ def as_loras(given: Iterable[LoraLike]) -> tuple[Lora, ...]:
         if isinstance(one, Lora):
             found.append(one)
         elif isinstance(one, tuple):
-            found.append(Lora(Path(one[0]), float(one[1])))
+            try:
+                scale = float(one[1])
+            except (TypeError, ValueError) as error:
+                raise CheckpointError(f"{one[0]}: {one[1]!r} is no scale of a LoRA; give a number") from error
+            found.append(Lora(Path(one[0]), scale))
         else:
             found.append(Lora(Path(one)))
     return tuple(found)
@@ -106,13 +117,21 @@ class LoraFile:
             where = f"{tensor.file}: tensor {key!r}"
         else:
             patterns = self.config.get("alpha_pattern") or {}
-            fits = (alpha for end, alpha in patterns.items() if name == end or name.endswith(f".{end}"))
+            fits = (alpha for end, alpha in patterns.items() if _names(end, name, self.path))
             alpha, where = next(fits, self.config.get("lora_alpha")), f"{self.path}: lora_alpha"
         if alpha is None:
             return 1.0
         if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
             raise CheckpointError(f"{where} is {alpha!r}, no number; the LoRA is damaged")
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+def _names(pattern: str, name: str, path: Path) -> bool:
+    """Whether a key of PEFT's patterns, a regex for the end of a name, means a module."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except re.error as error:
+        raise CheckpointError(f"{path}: alpha_pattern {pattern!r} is no regular expression ({error})") from error
 
 
 def _peft_config(file: Path) -> Mapping[str, Any]:

@@ -9,7 +9,7 @@ import ml_dtypes
 import numpy as np
 
 from models.checkpoint.key_moves import Over, TensorView
-from models.checkpoint.safetensors_folder import FP8, CheckpointError
+from models.checkpoint.safetensors_folder import FP8, CheckpointError, is_finite
 
 _SCALE = re.compile(r"(?P<module>(?:.*\.)?)(?:scale_weight|weight_scale)")
 """As ComfyUI names what a weight is to be multiplied by, its earlier name first."""
@@ -44,6 +44,10 @@ class Scaled(Over):
         if self.scale is None:
             return value
         scale = self.scale.read().astype(np.float32).reshape(-1)
+        if not is_finite(scale):
+            raise CheckpointError(
+                f"{self.file}: {self.scale.name!r}, the scale of {self.name!r}, is NaN or infinite; it is broken"
+            )
         if scale.size > 1:
             scale = scale[index[:1]].reshape(-1, *(1,) * (value.ndim - 1))
         return value * scale

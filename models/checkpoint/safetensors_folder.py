@@ -90,6 +90,7 @@ class Tensor:
     """Where one tensor lies."""
 
     file: Path
+    name: str
     offset: int
     dtype: np.dtype
     shape: tuple[int, ...]
@@ -139,7 +140,7 @@ def _read_entry(path: Path, key: str, entry: Any, start: int) -> Tensor:
             f"{path}: tensor {key!r} {name}{list(shape)} lies at bytes {begin}-{end} of {available}: "
             "the file is truncated or corrupt; download it again"
         )
-    return Tensor(path, start + begin, dtype or np.dtype(np.void), shape, dtype_problem(path, key, name, DTYPES))
+    return Tensor(path, key, start + begin, dtype or np.dtype(np.void), shape, dtype_problem(path, key, name, DTYPES))
 
 
 def read_safetensors(path: Path) -> dict[str, Tensor]:

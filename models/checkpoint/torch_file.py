@@ -75,17 +75,17 @@ def _place(path: Path, key: str, value: Any, size: int) -> Tensor:
     dtype, shape = (_DTYPES | _FP8).get(name, np.dtype(np.void)), tuple(value.shape)
     problem = dtype_problem(path, key, name, _DTYPES)
     if problem and name not in _FP8:
-        return Tensor(path, 0, dtype, shape, problem)
+        return Tensor(path, key, 0, dtype, shape, problem)
     offset = None
     if value.layout is torch.strided:
         offset = getattr(value.untyped_storage(), "_checkpoint_offset", None)
     if offset is None or not value.is_contiguous():
         pieces = f"{path}: tensor {key!r} does not lie in one piece; save the file again"
-        return Tensor(path, 0, np.dtype(np.void), shape, pieces)
+        return Tensor(path, key, 0, np.dtype(np.void), shape, pieces)
     offset += value.storage_offset() * dtype.itemsize
     if offset + math.prod(shape) * dtype.itemsize > size:
         raise CheckpointError(f"{path}: tensor {key!r} lies beyond the end of the file; download it again")
-    return Tensor(path, offset, dtype, shape, problem)
+    return Tensor(path, key, offset, dtype, shape, problem)
 
 
 def read_torch(path: Path) -> dict[str, Tensor]:

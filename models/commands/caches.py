@@ -52,6 +52,8 @@ def keep_compiled(given: str | None) -> str | None:
     Returns what is to be said if the user's folder cannot be written; nothing is kept then. Raises ValueError if the
     folder that was given cannot be.
     """
+    if given == "":
+        raise ValueError("--compile-cache is empty; name a folder, or off")
     if given == "off":
         jax.config.update("jax_enable_compilation_cache", False)
         return None

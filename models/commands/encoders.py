@@ -63,7 +63,8 @@ def check_pictures(image: Path | None, last_image: Path | None) -> None:
         raise ValueError(f"--last-image {last_image} goes with --image, the picture that the video begins with")
     for option, picture in (("--image", image), ("--last-image", last_image)):
         if picture is not None and not picture.is_file():
-            raise ValueError(f"{option} {picture} does not exist")
+            problem = "is no file; give a PNG or JPEG" if picture.exists() else "does not exist"
+            raise ValueError(f"{option} {picture} {problem}")
 
 
 def read_pictures(image: Path | None, last_image: Path | None) -> tuple[Any, Any]:

@@ -66,11 +66,12 @@ def cannot_fit(runs: Runs, kinds: list[bool], weights: Weights, need: Need, limi
     with stderr().status("this does not fit; looking for what does"):
         measure = lambda frames: _need(runs, dataclasses.replace(size, frames=frames), kinds, weights).total
         frames = nearest_frames(measure, size.frames, need.total, least, family.time_ratio, limit)
-    parts = f"weights {_gib(need.weights)}, latents and lists {_gib(need.operands)}, work {_gib(need.temporary)}"
+    work = "work" if need.step == "sample" else "the decoder"
+    parts = f"weights {_gib(need.weights)}, latents and lists {_gib(need.operands)}, {work} {_gib(need.temporary)}"
     fits = (
         "no length fits at this height and width" if frames is None else f"the nearest that fits is --frames {frames}"
     )
-    needs = f"this run needs {_gib(need.total)} of a device ({parts}) that has {_gib(limit)}"
+    needs = f"to {need.step}, this run needs {_gib(need.total)} of a device ({parts}) that has {_gib(limit)}"
     return ValueError(f"{needs}; {fits}{_advice(runs.pipeline)}")
 
 
@@ -99,7 +100,7 @@ def _need(runs: Runs, size: VideoSize, kinds: list[bool], weights: Weights) -> N
     """What the same runs need at another size."""
     other = dataclasses.replace(runs, size=size, jobs=[_resized(runs, size)], programs={}, phases={})
     other.compile(kinds, weights)
-    return other.need()
+    return (other if runs.decoder is None else other.with_decoder()).need()
 
 
 def _resized(runs: Runs, size: VideoSize) -> Job:
@@ -123,4 +124,4 @@ def _advice(pipeline: VideoPipeline) -> str:
 
 
 def _gib(size: int) -> str:
-    return f"{size / 2**30:.3g} GiB"
+    return f"{size / 2**30:.3g} GiB" if size >= 2**28 else f"{size / 2**20:.3g} MiB"

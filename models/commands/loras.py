@@ -14,6 +14,8 @@ OPTIONS: dict[str, Literal["high_noise", "low_noise"] | None] = {
 
 
 def _parse(option: str, text: str, expert: Literal["high_noise", "low_noise"] | None) -> Lora:
+    if not text:
+        raise ValueError(f"{option} is empty; give FILE or FILE:SCALE, such as x:0.8")
     path, colon, scale = text.rpartition(":")
     if not colon or Path(text).exists():
         path, scale = text, "1"

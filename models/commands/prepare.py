@@ -184,7 +184,11 @@ def _loaded(runs: Runs, checkpoint: Path, options: Options, read: dict[str, Any]
     with Progress(console=stderr(), transient=True) as bar, timing(runs.phases, "load"):
         task = bar.add_task("loading", total=None)
         done = lambda loaded, total: bar.update(task, completed=loaded, total=total)
-        loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
+        try:
+            loaded = runs.pipeline.with_weights(checkpoint, options.dtype, done, weights=options.weights, **read)
+        except BaseException:
+            runs.cancel()
+            raise
     if limit is not None and (need := overflow(runs, limit)) is not None:
         del loaded  # so that there is room to look for what fits
         raise cannot_fit(runs, options.kinds, options.weights, need, limit)

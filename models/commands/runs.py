@@ -90,6 +90,11 @@ class Runs:
         self.phases["compile"] = self.phases.get("compile", 0.0) + time.perf_counter() - begun
         return program
 
+    def cancel(self) -> None:
+        """Whatever is not being compiled yet never will be, so that a failed command ends."""
+        for program in self.programs.values():
+            program.cancel()
+
     def with_decoder(self) -> "Runs":
         """Begins to compile the VAE's decoder, in a thread, to know what it needs; the same if nothing is decoded."""
         if self.vae is None:
@@ -110,7 +115,8 @@ class Runs:
             # Experts that take turns are not there while it runs.
             resident = [0 if program.turns else program.need.weights for program in programs]
             needs += [
-                Need(own, need.operands, self.decoder.result()) for own, need in zip(resident, needs, strict=True)
+                Need(own, need.operands, self.decoder.result(), "decode")
+                for own, need in zip(resident, needs, strict=True)
             ]
         return max(needs, key=lambda need: need.total)
 

@@ -94,6 +94,8 @@ class Need:
     """Embeddings, latents, sparse states."""
     temporary: int
     """As the compiler has it."""
+    step: str = "sample"
+    """Of a run that needs it: or "decode"."""
 
     @property
     def total(self) -> int:

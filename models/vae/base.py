@@ -166,10 +166,11 @@ class VideoVAE(nnx.Module):
         graph, weights = nnx.split(self)
         place = None if mesh is None else NamedSharding(mesh, PartitionSpec())
         weights = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=place), weights)
-        found: dict[tuple[int, ...], tuple[Any, int]] = {}
+        found: dict[Any, tuple[Any, int]] = {}
 
         def step(latents: Any, cache: Any) -> tuple[Any, Any]:
-            if latents.shape not in found:
+            key = latents.shape, *(x.shape for x in jax.tree.leaves(cache))
+            if key not in found:
                 compiled = decode_wave.lower(graph, mesh, weights, latents, cache).compile()
                 memory = compiled.memory_analysis()
                 sizes = memory and (
@@ -179,8 +180,8 @@ class VideoVAE(nnx.Module):
                 )
                 as_input = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
                 out = jax.tree.map(as_input, compiled.out_info, compiled.output_shardings)
-                found[latents.shape] = out, sum(sizes or ())
-            return found[latents.shape][0]
+                found[key] = out, sum(sizes or ())
+            return found[key][0]
 
         sides = [part.latents.stop - part.latents.start for part in windows[0][2:]]
         wave = np.zeros((1 if mesh is None else mesh.size, self.channels, span, *sides), self.dtype)

@@ -55,6 +55,21 @@ def test_quality_counts_work() -> None:
     (same,) = quality.at_work(config, layout, quality.work(config, layout))
     assert same.budget(layout).base == 8
     assert quality.at_work(config, layout, 0.2) == []
+    assert quality.at_work(config, layout, 2.0) == []
+    assert quality.at_work(config, layout, float("nan")) == []
+
+
+def test_quality_says_where_nothing_works(tiny_model: None) -> None:
+    with pytest.raises(ValueError, match=r"no variant of default works at 0.0001, 9 of dense"):
+        quality.main(model=["embedded"], variant=["default"], work_=[1e-4, 9.0], steps=2, prompts=1, seeds=1)
+
+
+def test_quality_has_each_level_once(tiny_model: None) -> None:
+    bench = quality.load(quality.MODELS["embedded"], "float32", 1, 1, None)
+    assert len(quality.default_levels(bench, 1)) == 1
+    levels = quality.default_levels(bench, 50)
+    assert levels == sorted(set(levels))
+    assert len(levels) > 1
 
 
 def test_quality_interpolates_between_neighbours() -> None:
@@ -136,3 +151,25 @@ def test_end_to_end_goes_from_a_folder_to_an_mp4(name: str, tmp_path: Path, monk
     assert (row["frames"], row["steps"]) == (5, 4)
     assert min(row["mp4_bytes"], row["host_peak_bytes"]) > 0
     assert row["total_seconds"] > row["load_seconds"] + row["adaspa_seconds"] + row["decode_seconds"]
+
+
+def test_end_to_end_says_early_what_cannot_be(tmp_path: Path) -> None:
+    for options, message in (
+        ({"model": "x"}, "--model 'x' must be one of HunyuanVideo 13B, Wan 2.2 A14B"),
+        ({"write_only": True}, "--write-only needs --folder"),
+        ({"mesh": "x=2"}, "'x=2' is no axis"),
+        ({"weights": "sharded"}, "is for several devices; give --mesh"),
+        ({"offload": "foo"}, "offload='foo' must be one of"),
+        ({"offload": "experts"}, "is for models of two experts"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            end_to_end.main(**options)
+    foreign = tmp_path / "hunyuanvideo-13b"
+    foreign.mkdir()
+    for written in ({}, {"model_index.json": '{"_class_name": "WanPipeline"}', end_to_end.EMBEDDINGS: ""}):
+        for name, text in written.items():
+            (foreign / name).write_text(text)
+        with pytest.raises(ValueError, match=r"is no whole HunyuanVideo 13B of this benchmark; delete it"):
+            end_to_end.main(folder=tmp_path, write_only=True)
+    with pytest.raises(ValueError, match=r"models.sample ended with 2: what it said is above"):
+        end_to_end.sampled(foreign, tmp_path / "out")

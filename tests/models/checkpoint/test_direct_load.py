@@ -1,6 +1,7 @@
 """Straight from the file onto (sharded) devices: the same values, every slice read once, little memory besides."""
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,10 +10,12 @@ import jax
 import numpy as np
 import pytest
 from flax import nnx
+from safetensors.torch import load_file, save_file
 
 import models
 from models.checkpoint import key_table
 from models.checkpoint.loading import open_source
+from models.checkpoint.safetensors_folder import SINGLE
 from tests.convert.test_interrupted import DEMO, large_checkpoint
 
 ROOT = DEMO.parents[2]
@@ -123,6 +126,19 @@ def test_broken_weights_in_a_slice_are_found(tmp_path: Path, monkeypatch: pytest
     replicated = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     with pytest.raises(ValueError, match="NaN or infinite"):
         models.from_pretrained(DEMO, sharding=replicated)
+
+
+def test_weights_that_the_dtype_cannot_hold_are_found(tmp_path: Path) -> None:
+    shutil.copytree(DEMO, tmp_path / "demo")
+    file = tmp_path / "demo/transformer" / SINGLE
+    tensors = load_file(file)
+    key = "transformer_blocks.1.attn.to_q.weight"
+    tensors = {name: value.float() for name, value in tensors.items()}
+    tensors[key][3, 5] = 1e6
+    save_file(tensors, file)
+    models.from_pretrained(tmp_path / "demo", dtype="bfloat16")
+    with pytest.raises(ValueError, match=rf"tensor '{key}' has values that float16 cannot hold; load it in float32"):
+        models.from_pretrained(tmp_path / "demo", dtype="float16")
 
 
 def test_parameters_are_taken_over_by_jax_without_a_copy() -> None:

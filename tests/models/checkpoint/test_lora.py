@@ -1,6 +1,7 @@
 """LoRA adapters merged while weights are read: every style of keys against diffusers' own merge, and bad input."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ import models
 from convert.writer import convert
 from models.checkpoint.key_table import Leaf
 from models.checkpoint.loading import Source, open_checkpoint
+from models.checkpoint.lora_file import read_lora
 from models.checkpoint.safetensors_folder import CheckpointError
 from tests.models.checkpoint.originals import HUNYUAN, WAN, Weights, _renamed
 from tests.models.checkpoint.test_formats import HUNYUAN as SMALL_HUNYUAN
@@ -142,6 +144,29 @@ def test_a_folder_of_peft(made: Made, tmp_path: Path) -> None:
     config = {"r": RANK, "lora_alpha": ALPHA / RANK**0.5, "use_rslora": True}
     (tmp_path / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     check_close(flat(models.from_pretrained(made.folder / "base", loras=[(tmp_path, SCALE)])), made.merged)
+
+
+def test_alphas_by_pattern_are_those_of_peft(made: Made, tmp_path: Path) -> None:
+    first, *_, second = made.modules
+    pattern = {re.escape(first): 3.0, second[:-2] + "[a-z0-9_]+": 5.0}
+    model = made.cls(**PORTS[next(name for name, port in PORTS.items() if port[0] is made.cls)][1])
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, alpha_pattern=pattern, target_modules=made.modules)
+    inject_adapter_in_model(config, model)
+    write(tmp_path / "adapter_model.safetensors", {f"base_model.model.{k}": v for k, v in made.lora.items()})
+    stored = {"r": RANK, "lora_alpha": ALPHA, "alpha_pattern": pattern}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    file = read_lora(tmp_path)
+    found = {}
+    for module, adapter in file.adapters.items():
+        name = module.removeprefix("base_model.model.")
+        found[name] = file.factor(adapter, name, RANK)
+    scaling = {name: model.get_submodule(name).scaling["default"] for name in made.modules}
+    assert found == pytest.approx(scaling)
+    assert len(set(scaling.values())) == 3
+    stored["alpha_pattern"] = {"(": 1.0}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(stored), encoding="utf-8")
+    with pytest.raises(CheckpointError, match=r"alpha_pattern '\(' is no regular expression"):
+        models.from_pretrained(made.folder / "base", loras=[tmp_path])
 
 
 def original(made: Made, down: str, up: str, prefix: str, dots: bool = True) -> Weights:
@@ -317,14 +342,21 @@ def test_what_cannot_be_merged(made: Made, tmp_path: Path) -> None:
     base = made.folder / "base"
     with pytest.raises(CheckpointError, match="no/such does not exist"):
         models.from_pretrained(base, loras=["no/such"])
-    for scale in (0, float("nan")):
+    for scale in (0, float("nan"), float("inf"), -1e39):
         with pytest.raises(CheckpointError, match="must be a number other than 0"):
             models.from_pretrained(base, loras=[("x", scale)])
     with pytest.raises(CheckpointError, match="holds no single file of a LoRA"):
         models.from_pretrained(base, loras=[tmp_path])
-    broken = {key: torch.full_like(value, float("inf")) for key, value in PAIR.items()}
-    with pytest.raises(CheckpointError, match=r"'blocks.0.attn1.to_q.lora_A.weight' has NaN or infinite.*the LoRA"):
-        models.from_pretrained(base, loras=[write(tmp_path / "x.safetensors", broken)])
+    for key, value in PAIR.items():
+        broken = PAIR | {key: torch.full_like(value, float("inf"))}
+        with pytest.raises(CheckpointError, match=rf"'{key}' has NaN or infinite.*the LoRA"):
+            models.from_pretrained(base, loras=[write(tmp_path / "x.safetensors", broken)])
+    (down, a), (up, b) = PAIR.items()
+    for odd in ({down: a[:0], up: b[:, :0]}, {down: a[0, 0], up: b[0, 0]}, {down: a[0], up: b}):
+        with pytest.raises(CheckpointError, match="is a LoRA of a model of other sizes"):
+            models.from_pretrained(base, loras=[write(tmp_path / "x.safetensors", odd)])
+    with pytest.raises(CheckpointError, match="x: 'y' is no scale of a LoRA"):
+        models.from_pretrained(base, loras=[("x", "y")])
     (tmp_path / "real").mkdir()
     write(tmp_path / "real" / "y.safetensors", PAIR)
     (tmp_path / "linked").mkdir()

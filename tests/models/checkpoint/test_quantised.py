@@ -236,3 +236,17 @@ def test_what_else_a_file_holds_is_said_once(tmp_path: Path, caplog: pytest.LogC
         "x.safetensors: its transformer is read; not read, by name and number of tensors: "
         "first_stage_model (1), text_encoders (2), vae (1)"
     )
+
+
+def test_what_is_broken_is_named_as_in_the_file(tmp_path: Path) -> None:
+    key, values = "model.diffusion_model.blocks.0.self_attn.q.weight", {}
+    for name, value in to_wan(weights()).items():
+        values[f"model.diffusion_model.{name}"] = value.float().clone()
+    broken = values | {key: torch.full_like(values[key], float("nan"))}
+    save_file(broken, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"tensor '{key}' has NaN or infinite values; the weights are broken"):
+        models.from_pretrained(tmp_path / "x.safetensors")
+    scale = key.removesuffix("weight") + "scale_weight"
+    save_file(values | {scale: torch.tensor(float("inf"))}, tmp_path / "x.safetensors")
+    with pytest.raises(CheckpointError, match=f"'{scale}', the scale of '{key}', is NaN or infinite"):
+        models.from_pretrained(tmp_path / "x.safetensors")

@@ -77,6 +77,13 @@ def test_a_setting_of_jax_counts(unset: Path, tmp_path: Path) -> None:
     assert not unset.exists()
 
 
+def test_an_empty_name_is_refused(unset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="--compile-cache is empty; name a folder, or off"):
+        keep_compiled("")
+    assert not list(tmp_path.iterdir())
+
+
 def test_off_is_off(unset: Path) -> None:
     assert keep_compiled("off") is None
     compile_something(4.5)

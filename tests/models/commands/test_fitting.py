@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def test_a_run_that_cannot_fit_names_one_that_does(run: Any, tmp_path: Path, mon
         code, line = run(limit, *LONG)
     assert code == 2
     assert re.search(
-        r"this run needs .* GiB of a device \(weights .* GiB, latents and lists .*, work .*\) that has", line
+        r"to sample, this run needs .* MiB of a device \(weights .* MiB, latents and lists .*, work .*\) that has", line
     )
     assert "--offload layers" in line
     match = re.search(r"the nearest that fits is --frames (\d+)", line)
@@ -147,4 +148,23 @@ def test_a_decoder_that_needs_more_than_the_sampler_counts(
         patch.setattr(VideoPipeline, "sample", None)
         code, line = run((sampling + decoding) // 2, *short)
     assert code == 2
-    assert "this run needs" in line
+    assert re.search(r"to decode, this run needs .* the decoder .*; the nearest that fits is --frames 1;", line), line
+    assert run((sampling + decoding) // 2, *short, "--frames", 1)[0] == 0
+
+
+def test_a_failed_command_compiles_no_more(wan_pipeline: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[bool] = []
+
+    def compiling(self: Any, *given: Any, dense: bool, **options: Any) -> None:
+        begun.append(dense)
+        time.sleep(1)
+
+    def failing(*given: Any, **options: Any) -> None:
+        raise ValueError("broken")
+
+    monkeypatch.setattr(VideoPipeline, "compile", compiling)
+    monkeypatch.setattr(VideoPipeline, "with_weights", failing)
+    arguments = ["--checkpoint", wan_pipeline, *latent_arguments(wan_pipeline), "--out", tmp_path / "out", "--compare"]
+    assert call(monkeypatch, sample.main, *arguments) == 2
+    time.sleep(1.5)
+    assert begun == [True]

@@ -25,6 +25,7 @@ def test_files_with_and_without_a_scale(tmp_path: Path, monkeypatch: pytest.Monk
         Lora(Path("c"), 0.25, "low_noise"),
     )
     for text, message in (
+        ("", "--lora is empty; give FILE or FILE:SCALE"),
         ("no/such", "--lora no/such does not exist"),
         ("no/such:0.5", "--lora no/such does not exist"),
         ("a:x", "--lora a:x: 'x' is no scale; give FILE or FILE:SCALE"),
