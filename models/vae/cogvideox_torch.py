@@ -19,7 +19,7 @@ def _load(folder: Path, config: dict[str, Any], follow_links: bool) -> Any:
     vae = AutoencoderKLCogVideoX.from_config(config).eval()
     decoder = {key for key in vae.state_dict() if not ENCODER.fullmatch(key)}
     tensors = read_vae(folder, decoder, follow_links)
-    values = {key: torch.from_numpy(np.array(read_finite(key, x), np.float32)) for key, x in tensors.items()}
+    values = {key: torch.from_numpy(np.array(read_finite(x), np.float32)) for key, x in tensors.items()}
     try:
         missing, unexpected = vae.load_state_dict(values, strict=False)
     except RuntimeError as error:  # of other shapes

@@ -141,11 +141,11 @@ def read_vae(folder: Path, keys: Collection[str], follow_links: bool = False) ->
     return {key: tensor for key, tensor in tensors.items() if not tensor.problem}
 
 
-def read_finite(key: str, tensor: TensorView) -> np.ndarray:
+def read_finite(tensor: TensorView) -> np.ndarray:
     """The values of a tensor. Raises CheckpointError for NaN and infinite ones."""
     value = tensor.read()
     if not is_finite(value):
-        raise CheckpointError(f"{tensor.file}: tensor {key!r} has NaN or infinite values; it is broken")
+        raise CheckpointError(f"{tensor.file}: tensor {tensor.name!r} has NaN or infinite values; it is broken")
     return value
 
 
@@ -166,7 +166,7 @@ def load_vae(path: str | Path, dtype: Any = jnp.float32, *, follow_links: bool =
     tensors = read_vae(folder, _keys(vae).values(), follow_links)
     flat = _parameters(vae)
     for place, key in plan_vae(tensors, vae).items():
-        value, leaf = read_finite(key, tensors[key]), flat[place]
+        value, leaf = read_finite(tensors[key]), flat[place]
         flat[place] = leaf.replace(jnp.asarray(_to_nnx(value, leaf.shape), leaf.dtype))
     nnx.update(vae, nnx.from_flat_state(list(flat.items())))
     return vae
