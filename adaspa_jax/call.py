@@ -20,11 +20,13 @@ from pallas_kernels import (
     flash_attention,
     merge_attention,
     pooled_attention,
+    resolve_implementation,
 )
 
 T = TypeVar("T")
-_TEXT_KEYS = 8
-"""At most so many parts of the keys of text rows, on a mesh: a few rows of a few heads would leave a chip idle."""
+_ON_GPUS = ("mosaic_gpu", "triton", "jax_triton")
+_PROGRAMS, _TEXT_PARTS = 400, 32
+"""Programs that keep a GPU busy; most parts that the keys of text rows are cut into for it."""
 
 
 class Call(NamedTuple):
@@ -52,26 +54,41 @@ class Call(NamedTuple):
             q, self.k, self.v, block_valid=self.block_valid, return_lse=True, implementation=self.implementation
         )
 
-    def text(self) -> Array:
-        """[B, H, Nt, D] of the text rows over all keys, a part of the keys after the other merged by LSE."""
-        q, blocks = self.q[:, :, self.rows :], self.layout.num_blocks
-        parts = max(n for n in range(1, _TEXT_KEYS + 1) if blocks % n == 0) if self.spread.heads else 1
-        if parts == 1 or not q.shape[2]:
+    @property
+    def text_parts(self) -> int:
+        """Into how many parts a GPU cuts the keys of text rows, which are few; 0: none, dense attention serves."""
+        dim, block = self.q.shape[3], self.layout.block
+        name = resolve_implementation(self.implementation, dtype=self.q.dtype, head_dim=dim, block_size=block)
+        if name not in _ON_GPUS:
+            return 0
+        programs = self.q.shape[0] * self.q.shape[1] * self.layout.text_blocks
+        return min(-(-_PROGRAMS // programs), _TEXT_PARTS, self.layout.num_blocks)
+
+    def text(self, parts: int | None = None) -> Array:
+        """[B, H, Nt, D] of the text rows over all keys, in `parts` parts side by side, merged by LSE."""
+        q = self.q[:, :, self.rows :]
+        parts = self.text_parts if parts is None else parts
+        if not q.shape[2] or not parts:
             return self.dense(q)[0] if q.shape[2] else q
-        batch, heads, count, dim = q.shape
-        apart = lambda x: x.reshape(batch * heads * parts, 1, -1, dim)
-        every = jnp.broadcast_to(q[:, :, None], (batch, heads, parts, count, dim))
-        valid = jnp.broadcast_to(self.block_valid.reshape(batch, 1, parts, -1), (batch, heads, parts, blocks // parts))
-        out, lse = flash_attention(
-            apart(every),
-            apart(self.k),
-            apart(self.v),
-            block_valid=valid.reshape(-1, blocks // parts),
+        (batch, heads, rows, dim), block = q.shape, self.layout.block
+        starts = np.arange(parts + 1) * self.layout.num_blocks // parts
+        counts = np.repeat(np.diff(starts), rows // block).astype(np.int32)
+        lists = np.repeat(starts[:-1], rows // block)[:, None] + np.arange(counts.max())
+        every = lambda x: jnp.broadcast_to(x, (batch, heads, *x.shape))
+        out, lse = block_sparse_attention(
+            jnp.tile(q, (1, 1, parts, 1)),
+            self.k,
+            self.v,
+            every(np.minimum(lists, self.layout.num_blocks - 1).astype(np.uint16)),
+            every(counts),
+            block_q=block,
+            block_k=block,
+            block_valid=self.block_valid,
             return_lse=True,
             implementation=self.implementation,
         )
-        weights = jax.nn.softmax(lse.reshape(batch, heads, parts, count, 1), axis=2)
-        out = (out.reshape(batch, heads, parts, count, dim).astype(jnp.float32) * weights).sum(2)
+        weights = jax.nn.softmax(lse.reshape(batch, heads, parts, rows, 1), axis=2)
+        out = (out.reshape(batch, heads, parts, rows, dim).astype(jnp.float32) * weights).sum(2)
         return out.astype(q.dtype)
 
     def mass(self, lse: Array) -> tuple[Array, Array]:
@@ -109,7 +126,7 @@ class Call(NamedTuple):
     def kept(self, indices: Array, counts: Array, lse: Array, return_lse: bool = False) -> Any:
         """The video rows over their blocks, with the LSE if asked for."""
         return block_sparse_attention(
-            self.q[:, :, : self.rows],
+            self.q,
             self.k,
             self.v,
             indices,
@@ -119,6 +136,7 @@ class Call(NamedTuple):
             block_valid=self.block_valid,
             shift=lse,
             score_precision=self.config.score_precision,
+            rows=self.rows,
             return_lse=return_lse,
             implementation=self.implementation,
         )
@@ -141,12 +159,13 @@ class Call(NamedTuple):
         row, col, kept, _ = stand_ins
         blocks = self.pooled()
         out, lse = pooled_attention(
-            self.q[:, :, : self.rows],
+            self.q,
             blocks.k,
             blocks.v,
             blocks.log_count[:, None] + col,
             kept,
             block_q=self.layout.query_block,
+            rows=self.rows,
             return_lse=True,
             implementation=self.implementation,
         )

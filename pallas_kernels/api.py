@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import block_count
-from pallas_kernels.calls import DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
+from pallas_kernels.calls import TAKES_MORE_ROWS, DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
 from pallas_kernels.dispatch import Implementation, choose
 from pallas_kernels.whole import check_whole
 
@@ -46,11 +46,10 @@ def _check_integers(name: str, x: Array, shape: tuple[int, ...], meaning: str) -
         raise ValueError(f"{name} must be integers {meaning} = {list(shape)}; got {x.dtype}{list(x.shape)}")
 
 
-def _check_shift(shift: Array | None, q: Array) -> None:
-    if shift is not None and (shift.shape != q.shape[:3] or shift.dtype != jnp.float32):
-        raise ValueError(
-            f"shift must be float32 [B, H, Nq] = {list(q.shape[:3])}; got {shift.dtype}{list(shift.shape)}"
-        )
+def _check_shift(shift: Array | None, q: Array, rows: int) -> None:
+    shape = (*q.shape[:2], rows)
+    if shift is not None and (shift.shape != shape or shift.dtype != jnp.float32):
+        raise ValueError(f"shift must be float32 [B, H, Nq] = {list(shape)}; got {shift.dtype}{list(shift.shape)}")
 
 
 def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleType, _Call]:
@@ -58,7 +57,18 @@ def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleT
     name, module = choose(implementation, call.request)
     if name not in ("xla", "reference") and not call.interpret:
         call = dataclasses.replace(call, q=check_whole(call.q, f"{call.request.kernel} of {name}"))
+    rows = getattr(call, "rows", None)
+    if rows is not None and name not in TAKES_MORE_ROWS:
+        cut: Any = {"q": call.q[:, :, :rows], "rows": None}
+        call = dataclasses.replace(call, **cut)
     return module, call
+
+
+def _rows(q: Array, rows: int | None) -> int:
+    """How many rows of q attend. Raises ValueError for more than there are."""
+    if rows is not None and not 0 < rows <= q.shape[2]:
+        raise ValueError(f"{rows=} must be from 1 to Nq={q.shape[2]}")
+    return q.shape[2] if rows is None else rows
 
 
 def _scale(q: Array, scale: float | None) -> float:
@@ -109,7 +119,7 @@ def flash_attention(
             )
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
-    _check_shift(shift, q)
+    _check_shift(shift, q, q.shape[2])
     call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret, shift)
     module, call = _served(implementation, call)
     with jax.named_scope("flash_attention"):
@@ -183,6 +193,7 @@ def block_sparse_attention(
     scale: float | None = None,
     shift: Array | None = None,
     score_precision: ScorePrecision = "input",
+    rows: int | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -203,6 +214,8 @@ def block_sparse_attention(
       shift: as in `flash_attention`.
       score_precision: "input", or in 8 bits "int8" or "fp8" (e4m3): a scale a row of q and one a head of k, which is
         taken less its mean. int8 is faster on TPU v5 and v6, fp8 on v7x.
+      rows: only the first `rows` rows of q attend, and are Nq in all of the above; None: all. Saves Hopper a copy of
+        them where they are part of a longer array.
       return_lse: also return the log-sum-exp over the selected keys.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.
@@ -217,18 +230,18 @@ def block_sparse_attention(
     """
     _check_qk(q, k, v)
     _check_block(block_q=block_q, block_k=block_k)
-    rows = (*q.shape[:2], block_count(q.shape[2], block_q))
-    _check_integers("counts", counts, rows, "[B, H, nq]")
+    blocks = (*q.shape[:2], block_count(_rows(q, rows), block_q))
+    _check_integers("counts", counts, blocks, "[B, H, nq]")
     if indices.ndim != 4 or indices.shape[3] == 0:
-        raise ValueError(f"indices must be [B, H, nq, kmax] = {[*rows, 'kmax']}; got {list(indices.shape)}")
-    _check_integers("indices", indices, (*rows, indices.shape[3]), "[B, H, nq, kmax]")
+        raise ValueError(f"indices must be [B, H, nq, kmax] = {[*blocks, 'kmax']}; got {list(indices.shape)}")
+    _check_integers("indices", indices, (*blocks, indices.shape[3]), "[B, H, nq, kmax]")
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
-    _check_shift(shift, q)
+    _check_shift(shift, q, _rows(q, rows))
     if score_precision not in get_args(ScorePrecision):
         raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
     sizes = _scale(q, scale), block_q, block_k
-    call = SparseCall(q, k, v, indices, counts, *sizes, block_valid, interpret, shift, score_precision)
+    call = SparseCall(q, k, v, indices, counts, *sizes, block_valid, interpret, shift, score_precision, rows)
     module, call = _served(implementation, call)
     with jax.named_scope("block_sparse_attention"):
         out, lse = module.block_sparse_attention(call)
@@ -244,6 +257,7 @@ def pooled_attention(
     *,
     block_q: int,
     scale: float | None = None,
+    rows: int | None = None,
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -261,6 +275,7 @@ def pooled_attention(
       kept: uint32 [B, H, nq, ceil(nk / 32)] from `pack_bits`: the blocks that a query block leaves out.
       block_q: rows of a query block, a power of two; the last block may be partial.
       scale: factor on q·k, positive; None: D**-0.5.
+      rows: as in `block_sparse_attention`.
       return_lse: also return the log-sum-exp of each row's scores.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: as in `flash_attention`.
@@ -276,13 +291,13 @@ def pooled_attention(
     _check_qk(q, k_mean, v_mean)
     _check_block(block_q=block_q)
     batch, heads, nk = k_mean.shape[:3]
-    words = (batch, heads, block_count(q.shape[2], block_q), block_count(nk, 32))
+    words = (batch, heads, block_count(_rows(q, rows), block_q), block_count(nk, 32))
     for name, x, dtype, shape in (("bias", bias, jnp.float32, k_mean.shape[:3]), ("kept", kept, jnp.uint32, words)):
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(f"{name} must be {jnp.dtype(dtype)}{list(shape)}; got {x.dtype}{list(x.shape)}")
     if not _scale(q, scale) > 0:
         raise ValueError(f"{scale=} must be positive")
-    call = PooledCall(q, k_mean, v_mean, bias, kept, _scale(q, scale), block_q, interpret)
+    call = PooledCall(q, k_mean, v_mean, bias, kept, _scale(q, scale), block_q, interpret, rows)
     module, call = _served(implementation, call)
     with jax.named_scope("pooled_attention"):
         out, lse = module.pooled_attention(call)

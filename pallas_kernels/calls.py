@@ -52,6 +52,10 @@ class DenseCall:
         return Request("flash_attention", self.q.dtype, self.q.shape[3], interpret=self.interpret)
 
 
+TAKES_MORE_ROWS = ("mosaic_gpu",)
+"""Implementations whose kernels leave rows of q alone that have no list; for all others q is cut, which copies it."""
+
+
 @dataclass(frozen=True)
 class SparseCall:
     """One call of `pallas_kernels.block_sparse_attention`."""
@@ -76,6 +80,8 @@ class SparseCall:
     shift: Array | None = None
     """float32 [B, H, Nq], near each row's largest score, natural log; a hint that changes speed alone."""
     score_precision: ScorePrecision = "input"
+    rows: int | None = None
+    """Of q, the first ones, that attend; None: all. Only `TAKES_MORE_ROWS` are given q with more."""
 
     @property
     def request(self) -> Request:
@@ -151,6 +157,8 @@ class PooledCall:
     """Of the scores."""
     block_q: int
     interpret: bool = False
+    rows: int | None = None
+    """As in SparseCall."""
 
     @property
     def request(self) -> Request:

@@ -16,7 +16,9 @@ from pallas_kernels import (
 )
 from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import choose
+from tests.adaspa_jax.test_text import call_of
 from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands, pooled_operands
+from tests.pallas_kernels import test_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -120,3 +122,19 @@ def test_the_best_implementation_is_the_default() -> None:
     assert resolve_implementation() == best
     assert resolve_implementation(dtype="float32") == "triton"
     assert resolve_implementation(head_dim=40) == "xla"
+
+
+@pytest.mark.parametrize("block_q", [64, 128])
+@every
+def test_only_the_first_rows_attend(block_q: int, implementation) -> None:
+    test_rows.check(block_q, jnp.bfloat16, implementation=implementation)
+
+
+@pytest.mark.parametrize(("block", "text"), [(64, 190), (128, 200)])
+@every
+def test_text_in_parts_is_the_same(block: int, text: int, implementation) -> None:
+    call = call_of(block, text, implementation=implementation)
+    call = call._replace(**{name: getattr(call, name).astype(jnp.bfloat16) for name in "qkv"})
+    assert call.text_parts > 1
+    expected = call._replace(implementation="reference").text(0).astype(jnp.float32)
+    np.testing.assert_allclose(call.text().astype(jnp.float32), expected, rtol=2e-2, atol=2e-2)
