@@ -12,7 +12,7 @@ from adaspa_jax.config import SparseConfig
 from adaspa_jax.layout import TokenLayout
 from adaspa_jax.search import Selection, select_blocks
 from adaspa_jax.sharding import ALONE, Spread
-from adaspa_jax.state import SparseState
+from adaspa_jax.state import SparseState, index_dtype
 from pallas_kernels import (
     Implementation,
     block_mass,
@@ -71,7 +71,8 @@ class Call(NamedTuple):
         if not q.shape[2] or not parts:
             return self.dense(q)[0] if q.shape[2] else q
         (batch, heads, rows, dim), block = q.shape, self.layout.block
-        starts = np.arange(parts + 1) * self.layout.num_blocks // parts
+        blocks = self.layout.num_blocks
+        starts = np.arange(parts + 1) * blocks // parts
         counts = np.repeat(np.diff(starts), rows // block).astype(np.int32)
         lists = np.repeat(starts[:-1], rows // block)[:, None] + np.arange(counts.max())
         every = lambda x: jnp.broadcast_to(x, (batch, heads, *x.shape))
@@ -79,7 +80,7 @@ class Call(NamedTuple):
             jnp.tile(q, (1, 1, parts, 1)),
             self.k,
             self.v,
-            every(np.minimum(lists, self.layout.num_blocks - 1).astype(np.uint16)),
+            every(np.minimum(lists, blocks - 1).astype(index_dtype(self.layout))),
             every(counts),
             block_q=block,
             block_k=block,

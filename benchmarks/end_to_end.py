@@ -7,7 +7,6 @@ user runs it at the size that the model has by default. Random weights: the vide
 one. Of several runs the first compiles, the others find its programs in a cache that is theirs alone.
 """
 
-import json as json_module
 import subprocess
 import sys
 import tempfile
@@ -18,14 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from benchmarks.synthetic import PIPELINES
+from benchmarks.synthetic import EMBEDDINGS, PIPELINES
 from benchmarks.table import show, write_json
 from models.checkpoint.safetensors_folder import read_json
 from models.commands.cli import run_cli
 from models.pipeline.mesh import parse_axes
 from models.pipeline.offload import check_offload
-
-EMBEDDINGS = "prompts.safetensors"
 
 
 def written(model: str, folder: Path) -> Path:
@@ -54,7 +51,7 @@ def sampled(pipeline: Path, out: Path, *options: Any) -> dict[str, Any]:
     if ended := subprocess.run([str(part) for part in command]).returncode:
         raise ValueError(f"models.sample ended with {ended}: what it said is above")
     total = time.perf_counter() - begun
-    report = json_module.loads((out / "report.json").read_text(encoding="utf-8"))
+    report = read_json(out / "report.json")
     names = ("frames", "height", "width", "steps", "implementation", "density")
     row = {name: report[name] for name in names if name in report} | {"total_seconds": total} | report["phases"]
     row |= {name: x for name, x in report.items() if name.endswith("_seconds")} | report["memory"]

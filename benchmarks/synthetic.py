@@ -18,6 +18,8 @@ from models.pipeline.embeddings import write_tensors
 from models.transformers.hunyuan_video import HunyuanVideoConfig
 from models.transformers.wan import WanConfig
 
+EMBEDDINGS = "prompts.safetensors"
+"""The file of a pipeline's folder that is written last."""
 HUNYUAN_VIDEO, WAN = "HunyuanVideoTransformer3DModel", "WanTransformer3DModel"
 
 
@@ -67,8 +69,8 @@ class Synthetic:
     """Of the transformer, where not the class's own."""
     vae_options: dict[str, Any] = field(default_factory=dict)
 
-    def write(self, folder: Path) -> Path:
-        """Writes it and returns the file of embeddings, which is in it."""
+    def write(self, folder: Path) -> None:
+        """Writes it, its embeddings last."""
         import diffusers
         import torch
 
@@ -80,13 +82,12 @@ class Synthetic:
         vae.to(getattr(torch, self.vae_dtype)).save_pretrained(folder / "vae")
         getattr(diffusers, self.scheduler)(**self.scheduler_options).save_pretrained(folder / "scheduler")
         (folder / "model_index.json").write_text(json.dumps(self.index), encoding="utf-8")
-        rng, file = np.random.default_rng(1), folder / "prompts.safetensors"
+        rng = np.random.default_rng(1)
         draw = lambda name, shape: (
             np.ones(shape, np.int64) if "mask" in name else rng.standard_normal(shape, np.float32)
         )
         embeddings = {name: draw(name, (1, *shape)) for name, shape in self.embeddings.items()}
-        write_tensors(file, embeddings, {"prompts": json.dumps(["noise"])})
-        return file
+        write_tensors(folder / EMBEDDINGS, embeddings, {"prompts": json.dumps(["noise"])})
 
 
 _HUNYUAN, _WAN = HunyuanVideoConfig(), WanConfig()

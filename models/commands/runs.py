@@ -70,6 +70,12 @@ class Runs:
         """Whether there will be videos, not latents alone."""
         return self.pixels or self.vae is not None
 
+    @property
+    def mesh(self) -> Mesh | None:
+        """Of the devices that sample and decode; None: one."""
+        sharding = self.pipeline.sharding
+        return None if sharding is None else sharding.mesh
+
     def plan(self, job: Job) -> Plan:
         """What the run of a job is. ValueError for what cannot be sampled."""
         options: dict[str, Any] = {"size": self.size, "guidance": self.guidance, "seed": job.seed}
@@ -101,9 +107,8 @@ class Runs:
             return self
         from models.vae.decoding import decoding_need
 
-        sharding, pool = self.pipeline.sharding, ThreadPoolExecutor(1)
-        mesh, shape = None if sharding is None else sharding.mesh, self.plan(self.jobs[0]).shape
-        decoder = pool.submit(decoding_need, self.vae, shape, mesh=mesh)
+        pool, shape = ThreadPoolExecutor(1), self.plan(self.jobs[0]).shape
+        decoder = pool.submit(decoding_need, self.vae, shape, mesh=self.mesh)
         pool.shutdown(wait=False)
         return dataclasses.replace(self, decoder=decoder)
 
@@ -198,11 +203,9 @@ class Runs:
         `results` as for `keep`: all hosts decode.
         """
         fields, saved, videos = self.fields(job, runs), self.saved(job, runs), {}
-        sharding = self.pipeline.sharding
         if self.shown:
-            mesh = None if sharding is None else sharding.mesh
             with timing(job.phases, "decode"):
-                videos = decode_runs(self.vae, saved, follow_links=self.follow_links, mesh=mesh)
+                videos = decode_runs(self.vae, saved, follow_links=self.follow_links, mesh=self.mesh)
         if results is None:
             return fields
         if videos:

@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import merge_heads, numbers, pad_tokens
+from pallas_kernels.blocks import block_count, merge_heads, numbers, pad_tokens
 from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
@@ -31,7 +31,7 @@ def _attention(
 def _whole(q: Array, rows: int | None, multiple: int) -> tuple[Array, int, int]:
     """(q with at least the third number of rows, rows that attend, the same up to a multiple): padded if it must be."""
     rows = q.shape[2] if rows is None else rows
-    padded = -(-rows // multiple) * multiple
+    padded = block_count(rows, multiple) * multiple
     return q if q.shape[2] >= padded else pad_tokens(q, multiple), rows, padded
 
 
