@@ -64,9 +64,11 @@ class MosaicGpuTuning:
 def mosaic_gpu_tuning(kernel: Kernel, head_dim: int, block_q: int = 128, block_k: int = 128) -> MosaicGpuTuning:
     """Defaults of the Hopper kernels."""
     if kernel == "block_sparse" and block_q == 64:
-        # Little shared memory, so that two or three programs share a multiprocessor.
-        return MosaicGpuTuning(tile_k=min(block_k, 128), stages=1)
+        # Little shared memory, so that three programs share a multiprocessor.
+        return MosaicGpuTuning(tile_k=min(block_k, 64), stages=2)
     tile = min(block_k, 128)
+    if kernel == "block_sparse" and tile == 64:
+        return MosaicGpuTuning(tile_k=64, stages=3)
     return MosaicGpuTuning(tile_k=tile, stages=2 if tile * head_dim == 128 * 128 else 4)
 
 

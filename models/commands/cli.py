@@ -13,6 +13,8 @@ BAD_INPUT = (ValueError, NotImplementedError, OSError, ImportError, MemoryError,
 """What the person at the keyboard can mend: input, disk, memory, packages that are not installed."""
 _LIBRARIES = ("av", "safetensors")
 """Whose errors are of files, though their classes do not say so."""
+_TORCH_EXTRA = ("diffusers", "ftfy", "sentencepiece", "torch", "transformers")
+"""What the extra `torch` installs; everything else that can be missing is of `demo`."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 LONGEST = 600
 """Characters of a message that are shown without --debug."""
@@ -34,7 +36,8 @@ def one_line(error: Exception) -> str:
     """What is printed of an error: its message without line breaks, what to do, what is kept."""
     text = " ".join(str(error).split()) or type(error).__name__
     if isinstance(error, ImportError) and "pip install" not in text:
-        text += ": pip install 'adaspa_jax[demo]'"
+        extra = "torch" if (error.name or "").split(".")[0] in _TORCH_EXTRA else "demo"
+        text += f": pip install 'adaspa_jax[{extra}]'"
     elif _out_of_memory(error) or isinstance(error, MemoryError):
         text = f"out of memory ({text[: LONGEST // 2]}); make a smaller or shorter video, or give fewer prompts"
     elif any(os.strerror(number) in text for number in _FULL):

@@ -1,31 +1,47 @@
 """Attention on Hopper, dense, over lists of key blocks, over pooled keys: padding, lists, and the choice of kernel."""
 
+from typing import Any
+
 import jax.numpy as jnp
 from jax import Array
 
-from pallas_kernels.blocks import block_count, merge_heads, numbers, pad_tokens
+from pallas_kernels.blocks import LOG2E, block_count, merge_heads, numbers, pad_tokens
 from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, every_tile, tile_bias
+from pallas_kernels.mosaic_gpu.softmax import bounded
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
 
 
 def _attention(
-    q: Array, k: Array, v: Array, shape: Shape, lists: dict[str, Array], bias: Array | None, interpret: bool, rows: int
+    arrays: tuple[Array, ...],
+    shape: Shape,
+    lists: dict[str, Array],
+    interpret: bool,
+    rows: int,
+    most: Any = 0.0,
 ) -> tuple[Array, Array]:
-    """Runs the kernel that serves `shape` on padded arrays; `lists` holds entries and, if sparse, counts.
+    """Runs the kernel that serves `shape` on padded q, k, v.
 
-    The first `rows` rows of q attend, a multiple of those of a program.
+    `lists` holds entries, counts if sparse, and the bias if there is one. The first `rows` rows of q attend, a multiple
+    of those of a program. `most`: of a bias of pairs, in absolute value.
     """
-    inputs = {"q": merge_heads(q), "k": merge_heads(k), "v": merge_heads(v)} | lists
-    inputs |= {} if bias is None else {"bias": bias}
-    batch, heads, _, dim = q.shape
+    inputs = {name: merge_heads(x) for name, x in zip("qkv", arrays, strict=True)} | lists
+    batch, heads, _, dim = arrays[0].shape
+    if shape.dtype == jnp.bfloat16:  # float16 does not hold what it takes
+        q, k = inputs["q"][:, :rows], inputs["k"]
+        inputs["bounded"] = bounded(q, k, shape.scale / LOG2E, shape.rows, most)
     module, groups = (pair, 3) if shape.rows == 2 * ROWS else (single, 1)
-    outputs = {"out": ((batch * heads, rows, dim), q.dtype), "lse": ((batch * heads, rows), jnp.float32)}
+    outputs = {"out": ((batch * heads, rows, dim), shape.dtype), "lse": ((batch * heads, rows), jnp.float32)}
     grid = batch * heads, rows // shape.rows
     made = launch(module.kernel, shape, module.memory(shape), groups, inputs, outputs, grid, interpret)
     return made["out"].reshape(batch, heads, rows, dim), made["lse"].reshape(batch, heads, rows)
+
+
+def _keys(*arrays: Array) -> tuple[Array, ...]:
+    """As TMA takes them: it fills with zeros what a last tile lacks, but in groups of 8 keys."""
+    return tuple(pad_tokens(x, 8) for x in arrays)
 
 
 def _whole(q: Array, rows: int | None, multiple: int) -> tuple[Array, int, int]:
@@ -40,11 +56,11 @@ def flash_attention(call: DenseCall, tuning: MosaicGpuTuning | None = None) -> t
     (batch, _, rows, dim), keys = call.q.shape, call.k.shape[2]
     tuning = tuning or mosaic_gpu_tuning("dense", dim)
     tile = tuning.tile_k
-    q, k, v = pad_tokens(call.q, 2 * ROWS), pad_tokens(call.k, tile), pad_tokens(call.v, tile)
-    lists, bias = every_tile(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
-    options = {"rows": 2 * ROWS, "stages": tuning.stages, "masked": bias is not None}
-    shape = Shape.of(q, tile, k.shape[2] // tile, call.scale, **options)
-    out, lse = _attention(q, k, v, shape, lists, bias, call.interpret, q.shape[2])
+    q, tiles = pad_tokens(call.q, 2 * ROWS), block_count(keys, tile)
+    lists = every_tile(call.block_valid, batch, call.block_k, keys, tiles * tile, tile)
+    options = {"rows": 2 * ROWS, "stages": tuning.stages, "masked": "bias" in lists}
+    shape = Shape.of(q, tile, tiles, call.scale, **options)
+    out, lse = _attention((q, *_keys(call.k, call.v)), shape, lists, call.interpret, q.shape[2])
     return out[:, :, :rows], lse[:, :, :rows]
 
 
@@ -53,19 +69,20 @@ def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = No
     (batch, _, _, dim), keys, kmax = call.q.shape, call.k.shape[2], call.indices.shape[3]
     block_q, block_k = call.block_q, call.block_k
     tuning = tuning or mosaic_gpu_tuning("block_sparse", dim, block_q, block_k)
-    (q, rows, padded), k, v = _whole(call.q, call.rows, block_q), *(pad_tokens(x, block_k) for x in (call.k, call.v))
+    q, rows, padded = _whole(call.q, call.rows, block_q)
     tile, tile_q = min(block_k, tuning.tile_k), min(block_q, 2 * ROWS)
-    tiles, parts = k.shape[2] // tile, block_k // tile
-    bias, partial = tile_bias(call.block_valid, batch, block_k, keys, k.shape[2], tile)
+    blocks, parts = block_count(keys, block_k), block_k // tile
+    tiles = blocks * parts
+    bias, partial = tile_bias(call.block_valid, batch, block_k, keys, blocks * block_k, tile)
     indices = call.indices.astype(jnp.int32)
-    first = jnp.where((indices >= 0) & (indices < k.shape[2] // block_k), indices * parts, tiles)
+    first = jnp.where((indices >= 0) & (indices < blocks), indices * parts, tiles)
     tile_of = jnp.minimum(first[..., None] + numbers(parts, 5), tiles).reshape(*first.shape[:3], -1)
     entries = 2 * tile_of + jnp.take_along_axis(partial[:, None, None], tile_of, axis=-1, mode="clip")
     counts = jnp.clip(call.counts, 0, kmax).astype(jnp.int32) * parts
     options = {"rows": tile_q, "split": block_q // tile_q, "stages": tuning.stages, "sparse": True, "masked": True}
     shape = Shape.of(q, tile, tiles, call.scale, **options)
-    lists = {"entries": merge_heads(entries), "counts": merge_heads(counts)}
-    out, lse = _attention(q, k, v, shape, lists, bias, call.interpret, padded)
+    lists = {"entries": merge_heads(entries), "counts": merge_heads(counts), "bias": bias}
+    out, lse = _attention((q, *_keys(call.k, call.v)), shape, lists, call.interpret, padded)
     return out[:, :, :rows], lse[:, :, :rows]
 
 
@@ -75,10 +92,11 @@ def pooled_attention(call: PooledCall, tuning: MosaicGpuTuning | None = None) ->
     tuning = tuning or mosaic_gpu_tuning("dense", dim)
     tile, block = tuning.tile_k, call.block_q
     q, rows, padded = _whole(call.q, call.rows, max(block, 2 * ROWS))
-    k, v = pad_tokens(call.k, tile), pad_tokens(call.v, tile)
+    tiles = block_count(call.k.shape[2], tile)
     # The kernel adds the bias to scores that it then scales.
-    bias = merge_heads(call.pair_bias(padded // block, k.shape[2], 1 / call.scale))
+    bias = merge_heads(call.pair_bias(padded // block, tiles * tile, 1 / call.scale))
+    most = jnp.where(jnp.isfinite(call.bias), jnp.abs(call.bias), 0.0).max()
     options = {"rows": 2 * ROWS, "stages": tuning.stages, "masked": False, "bias_rows": block}
-    shape = Shape.of(q, tile, k.shape[2] // tile, call.scale, **options)
-    out, lse = _attention(q, k, v, shape, {}, bias, call.interpret, padded)
+    shape = Shape.of(q, tile, tiles, call.scale, **options)
+    out, lse = _attention((q, *_keys(call.k, call.v)), shape, {"bias": bias}, call.interpret, padded, most)
     return out[:, :, :rows], lse[:, :, :rows]

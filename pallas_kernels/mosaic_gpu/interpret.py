@@ -53,9 +53,20 @@ class _Indexer:
 class _Ref:
     """A view of an array in device memory, or in shared memory if `owner` is given."""
 
-    def __init__(self, array: np.ndarray, owner: "_Program | None" = None):
+    def __init__(self, array: np.ndarray, owner: "_Program | None" = None, tile: np.ndarray | None = None):
         self.array, self.owner, self.shape, self.dtype = array, owner, array.shape, array.dtype
-        self.at = _Indexer(lambda index: _Ref(array[_resolve(index, array.shape)], owner))
+        self.at = _Indexer(self._view)
+        self.tile = array if tile is None else tile
+        """What TMA loads: zeros past the end of device memory, where `array` is empty."""
+
+    def _view(self, index: Any) -> "_Ref":
+        try:
+            return _Ref(self.array[_resolve(index, self.shape)], self.owner)
+        except KernelError:
+            if self.owner is not None or self.array.ndim != 3 or int(index[1].start) < 0:
+                raise
+            found = self.array[int(index[0]), int(index[1].start) :]
+            return _Ref(found[:0], None, np.pad(found, ((0, int(index[1].size) - len(found)), (0, 0))))
 
     @property
     def T(self) -> "_Ref":  # noqa: N802, the name of NumPy and JAX
@@ -91,7 +102,7 @@ class _Barrier:
         if self.completed == self.waited[group]:
             assert self.copy is not None
             source, target = self.copy
-            target.array[...] = source.array
+            target.array[...] = source.tile
             self.copy = None
             self.arrive()
         self.waited[group] += 1
@@ -115,16 +126,39 @@ def _one(barrier: Any) -> _Barrier:
 
 
 class _Accumulator:
-    def __init__(self, value: Array):
-        self.value, self.products = value, list[tuple[Any, _Ref]]()
+    """A matrix in registers. The products of a warpgroup, kept in `flight`, are taken in the order of their issue."""
+
+    def __init__(self, value: Array, flight: list[tuple["_Accumulator", Any, _Ref]]):
+        self.value, self.flight = value, flight
+
+    def taken(self, pending: int) -> Array:
+        """The value once no more than `pending` products are in flight."""
+        while len(self.flight) > pending:
+            of, a, b = self.flight.pop(0)
+            left = a.array if isinstance(a, _Ref) else np.asarray(a)
+            of.value += jnp.asarray(left.astype(np.float32) @ b.array.astype(np.float32))
+        if any(of is self for of, _, _ in self.flight):
+            raise KernelError("an accumulator is read while a product into it is in flight")
+        return self.value
 
     def __getitem__(self, index: Any) -> Array:
         assert index is Ellipsis
-        for a, b in self.products:
-            left = a.array if isinstance(a, _Ref) else np.asarray(a)
-            self.value += jnp.asarray(left.astype(np.float32) @ b.array.astype(np.float32))
-        self.products.clear()
+        return self.taken(0)
+
+
+class _State:
+    """A value in registers that a body writes as a whole."""
+
+    def __init__(self, value: Array):
+        self.value = value
+
+    def __getitem__(self, index: Any) -> Array:
+        assert index is Ellipsis
         return self.value
+
+    def __setitem__(self, index: Any, value: Array) -> None:
+        assert index is Ellipsis
+        self.value = value
 
 
 class _Warpgroup(threading.Thread):
@@ -161,6 +195,7 @@ class _Program:
         self.axes, self.group = axes, 0
         self.uncommitted = [False] * groups
         self.stores: list[list[tuple[_Ref, _Ref]]] = [[] for _ in range(groups)]
+        self.flights: list[list[tuple[_Accumulator, Any, _Ref]]] = [[] for _ in range(groups)]
         scratch = [self._allocate(kind, groups) for kind in memory]
         self.threads = [_Warpgroup(lambda: body(self, refs, scratch)) for _ in range(groups)]
         self.barriers = [b for s in scratch if isinstance(s, _Barriers) for b in s._all]
@@ -231,15 +266,18 @@ class _Program:
         found.wait(group)
 
     def wgmma(self, accumulator: _Accumulator, a: Any, b: _Ref) -> None:
-        accumulator.products.append((a, b))
+        accumulator.flight.append((accumulator, a, b))
 
     def run_scoped(self, body: Callable[[Any], Any], kind: Any) -> Any:
-        return body(_Accumulator(jnp.zeros(kind.shape, kind.dtype)))
+        return body(_Accumulator(jnp.zeros(kind.shape, kind.dtype), self.flights[self.group]))
 
-    def accumulate(self, body: Callable[[Any], Any], start: Array) -> Array:
-        accumulator = _Accumulator(start)
-        body(accumulator)
-        return accumulator[...]
+    def peek(self, accumulator: _Accumulator, pending: int) -> Array:
+        return accumulator.taken(pending)
+
+    def accumulate(self, body: Callable[..., None], start: Array, *others: Array) -> tuple[Array, ...]:
+        refs: tuple[Any, ...] = (_Accumulator(start, self.flights[self.group]), *map(_State, others))
+        body(*refs)
+        return tuple(ref[...] for ref in refs)
 
 
 def run(

@@ -21,6 +21,10 @@ def _load(ref: Any, *, layout: Any) -> Array:
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 
+def _accumulate(body: Any, start: Array, *others: Array) -> tuple[Array, ...]:
+    return pl.run_state(lambda refs: body(*refs))((plgpu.ACC.init(start), *others))
+
+
 HOPPER = SimpleNamespace(
     axis_index=lax.axis_index,
     set_max_registers=plgpu.set_max_registers,
@@ -34,7 +38,8 @@ HOPPER = SimpleNamespace(
     barrier_arrive=plgpu.barrier_arrive,
     wgmma=plgpu.wgmma,
     run_scoped=pl.run_scoped,
-    accumulate=lambda body, start: pl.run_state(body)(plgpu.ACC.init(start)),
+    peek=lambda acc, pending: plgpu.wgmma_accumulator_load(acc, wait_n=pending),
+    accumulate=_accumulate,
 )
 """All that a body asks of the machine; `interpret` answers the same without a GPU."""
 

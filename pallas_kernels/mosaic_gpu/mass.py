@@ -23,6 +23,7 @@ from pallas_kernels.mosaic_gpu.shape import (
     slot_of,
     tile_memory,
 )
+from pallas_kernels.mosaic_gpu.softmax import PART, partial_sums
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
 
 _CONSUMER_REGISTERS = {2: 232, 3: 160, 4: 112}
@@ -58,19 +59,19 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
             multiply(acc_ref, 0)
             return acc_ref[...]
 
-        def step(j: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
-            s, row_sum = carry
+        def step(j: Array, carry: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+            s, row_sum, last = carry
             more, slot, entry = j + 1 < shape.tiles, slot_of(j + 1, shape.stages), tiles[j]
             pl.when(more)(lambda: gpu.barrier_wait(k_ready.at[slot]))
 
-            def overlapped(next_ref: Any) -> tuple[Array, Array]:
+            def overlapped(next_ref: Any) -> tuple[Array, Array, Array]:
                 # The scores of the next tile, while this one is summed. After the last there are none: what is
-                # multiplied then is never used.
+                # multiplied then is never used. The sums of the tile before are reduced between the exponentials.
                 multiply(next_ref, slot)
+                part[lax.rem(j, np.int32(_CHUNK))] = last.sum(axis=1) * weight
                 scaled = tiles.mask(s, entry, refs.get("bias")) * shape.scale
-                seen = jnp.exp2(scaled - over_columns(shift, shape.tile)).sum(axis=1)
-                part[lax.rem(j, np.int32(_CHUNK))] = seen * weight
-                return next_ref[...], row_sum + seen
+                seen = partial_sums(jnp.exp2(scaled - over_columns(shift, shape.tile)))
+                return next_ref[...], row_sum + seen, seen
 
             found = gpu.run_scoped(overlapped, plgpu.ACC((ROWS, shape.tile), jnp.float32))
             pl.when(more)(lambda: gpu.barrier_arrive(k_free.at[slot]))
@@ -78,19 +79,23 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
         def chunk(c: Array, carry: tuple[Array, Array]) -> tuple[Array, Array]:
             begin = c * _CHUNK
-            carry = loop(begin, jnp.minimum(begin + _CHUNK, shape.tiles), step, carry)
+            end = jnp.minimum(begin + _CHUNK, shape.tiles)
+            s, row_sum, last = loop(begin, end, step, (*carry, none))
+            part[end - begin] = last.sum(axis=1) * weight
             gpu.commit_smem()
-            chunk_sums[...] = gpu.load(part, layout=plgpu.Layout.WGMMA).sum(axis=1)
+            # Place 0 is of the tile before the first.
+            chunk_sums[...] = gpu.load(part.at[pl.ds(1, _CHUNK)], layout=plgpu.Layout.WGMMA).sum(axis=1)
             gpu.commit_smem()
             gpu.copy_smem_to_gmem(chunk_sums, refs["mass"].at[head, consumers * row + group, pl.ds(begin, _CHUNK)])
             gpu.wait_smem_to_gmem(0)
-            return carry
+            return s, row_sum
 
+        none = over_columns(row_vector(gpu, 0.0), PART)
         chunks = block_count(shape.tiles, _CHUNK)
         gpu.barrier_wait(k_ready.at[0])
         s = gpu.run_scoped(first, plgpu.ACC((ROWS, shape.tile), jnp.float32))
         gpu.barrier_arrive(k_free.at[0])
-        rows_smem.at[group][...] = loop(0, chunks, chunk, (s, row_vector(gpu, 0.0)))[1]
+        rows_smem.at[group][...] = loop(0, chunks, chunk, (s, none))[1].sum(axis=1)
         gpu.commit_smem()
         gpu.copy_smem_to_gmem(rows_smem.at[group], refs["row_sum"].at[head, mine])
         gpu.wait_smem_to_gmem(0)
@@ -119,7 +124,7 @@ def memory(shape: Shape) -> list[Any]:
     return [
         tile_memory(shape, (groups,), ROWS),
         tile_memory(shape, (shape.stages,), shape.tile),
-        plgpu.SMEM((groups, _CHUNK, ROWS), jnp.float32),
+        plgpu.SMEM((groups, _CHUNK + 1, ROWS), jnp.float32),
         plgpu.SMEM((groups, _CHUNK), jnp.float32),
         plgpu.SMEM((groups, ROWS), jnp.float32),
         plgpu.Barrier(num_barriers=groups),
@@ -135,10 +140,10 @@ def block_mass(call: MassCall, tuning: MosaicGpuTuning | None = None) -> tuple[A
     tile, rows = min(call.block_k, tuning.tile_k), tuning.groups * ROWS
     q, k = pad_tokens(call.q, math.lcm(call.block_q, rows)), pad_tokens(call.k, call.block_k)
     tiles, padded = k.shape[2] // tile, q.shape[2]
-    lists, bias = every_tile(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
-    shape = Shape.of(q, tile, tiles, call.scale, rows=rows, stages=tuning.stages, masked=bias is not None)
+    lists = every_tile(call.block_valid, batch, call.block_k, keys, k.shape[2], tile)
+    shape = Shape.of(q, tile, tiles, call.scale, rows=rows, stages=tuning.stages, masked="bias" in lists)
     inputs = {"q": merge_heads(q), "k": merge_heads(k), "shift": merge_heads(call.shift(padded)) * LOG2E} | lists
-    inputs |= {"weight": call.weight(padded)} | ({} if bias is None else {"bias": bias})
+    inputs |= {"weight": call.weight(padded)}
     outputs = {
         "mass": ((batch * heads, padded // ROWS, block_count(tiles, _CHUNK) * _CHUNK), jnp.float32),
         "row_sum": ((batch * heads, padded), jnp.float32),

@@ -1,32 +1,23 @@
-"""Attention of query tiles of 128 rows: two consumer warpgroups of 64 rows take turns on the tensor cores.
-
-While one computes its softmax the other multiplies; a producer warpgroup feeds both. The order of the steps follows
-FlashAttention-3 as in jax.experimental.pallas.ops.gpu.attention_mgpu; what is new is the list of key tiles.
-"""
+"""Attention of query tiles of 128 rows: two consumer warpgroups of 64 rows each and a producer that feeds them."""
 
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from jax import Array, lax
+from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.blocks import FLOOR
-from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, over_rows, row_vector, slot_of, tile_memory
-from pallas_kernels.mosaic_gpu.softmax import finish, softmax
+from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory
+from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, slot_of, tile_memory
 
 
 def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """128 query rows: two consumers and a producer."""
-    q_smem, k_smem, v_smem, lse_smem, q_ready, k_ready, v_ready, k_free, v_free, turn = memory
+    q_smem, k_smem, v_smem, lse_smem, hold_smem, q_ready, k_ready, v_ready, k_free, v_free = memory
     head, row, group = gpu.axis_index("head"), gpu.axis_index("row"), gpu.axis_index("group")
     tiles = TileList(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
-    steps, dim = tiles.length, shape.head_dim
-
-    def take_turns() -> None:
-        gpu.barrier_arrive(turn)
-        gpu.barrier_wait(turn)
+    steps = tiles.length
 
     @pl.when(group < 2)
     def _consume() -> None:
@@ -37,50 +28,25 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
         gpu.barrier_wait(q_ready.at[group])
 
-        @pl.when(steps > 0)
-        def _first() -> None:
-            gpu.barrier_wait(k_ready.at[0])
-
-        pl.when(group == 1)(take_turns)
-
-        def step(j: Array, carry: tuple[Array, ...]) -> tuple[Array, ...]:
-            acc, m, total, entry = carry
-            slot, following = slot_of(j, shape.stages), tiles[j + 1]
-
-            def scores(acc_ref: Any) -> Array:
-                gpu.wgmma(acc_ref, q, k_smem.at[slot].T)
-                bias = tiles.bias_of(refs.get("bias"), first, entry)
-                take_turns()
-                return acc_ref[...] if bias is None else acc_ref[...] + over_rows(bias, ROWS)
-
-            s = gpu.run_scoped(scores, plgpu.ACC((ROWS, shape.tile), jnp.float32))
-            gpu.barrier_arrive(k_free.at[slot])
-            s = s if shape.bias_rows else tiles.mask(s, entry, refs.get("bias"))
-            p, m, total, acc = softmax(s, m, total, acc, shape.scale)
-            narrow = p.astype(shape.dtype)
-            total += p.sum(axis=1)
-            # Keeps the softmax before the barriers: the other warpgroup has the tensor cores until then.
-            acc, total, m, narrow = lax.optimization_barrier((acc, total, m, narrow))
-            gpu.barrier_arrive(turn)
-            gpu.barrier_wait(v_ready.at[slot])
-            gpu.barrier_wait(turn)
-
-            def values(acc_ref: Any) -> None:
-                gpu.wgmma(acc_ref, narrow, v_smem.at[slot])
-
-                @pl.when(j + 1 < steps)
-                def _next() -> None:
-                    gpu.barrier_wait(k_ready.at[slot_of(j + 1, shape.stages)])
-
-            acc = gpu.accumulate(values, acc)
-            gpu.barrier_arrive(v_free.at[slot])
-            return acc, m, total, following
-
-        acc = gpu.layout_cast(jnp.full((ROWS, dim), 0, jnp.float32), plgpu.Layout.WGMMA)
-        start = acc, row_vector(gpu, FLOOR), row_vector(gpu, 0.0), tiles[np.int32(0)]
-        acc, m, total, _ = loop(0, steps, step, start)
-        pl.when(group == 0)(take_turns)
-        finish(gpu, acc, m, total, q, lse, shape.dtype)
+        free = lambda barrier, j: gpu.barrier_arrive(barrier.at[slot_of(j, shape.stages)])
+        consumer = Consumer(
+            gpu,
+            shape,
+            refs,
+            tiles,
+            program=(head, row),
+            first=first,
+            q=q,
+            k=k_smem,
+            v=v_smem,
+            k_ready=k_ready,
+            v_ready=v_ready,
+            hold=hold_smem.at[group],
+            begin=lambda _: None,
+            k_done=lambda j, _: free(k_free, j),
+            v_done=lambda j, _: free(v_free, j),
+        )
+        finish(gpu, *consumer.attend(), q, lse, shape.dtype)
         gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
         gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
         gpu.wait_smem_to_gmem(0)
@@ -118,5 +84,4 @@ def memory(shape: Shape) -> list[Any]:
     lse = plgpu.SMEM((2, ROWS), jnp.float32)
     ready = [plgpu.Barrier(num_barriers=shape.stages)] * 2
     free = [plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages)] * 2
-    turn = plgpu.Barrier(num_arrivals=2)
-    return [tile_memory(shape, (2,), ROWS), *keys, lse, plgpu.Barrier(num_barriers=2), *ready, *free, turn]
+    return [tile_memory(shape, (2,), ROWS), *keys, lse, hold_memory(2), plgpu.Barrier(num_barriers=2), *ready, *free]

@@ -78,7 +78,7 @@ class TileList:
         self.gpu, self.shape, self.entries = gpu, shape, entries
         self.head, self.batch = head, lax.div(head, np.int32(shape.heads))
         self.key = (head, lax.div(row, np.int32(shape.split))) if shape.sparse else (self.batch,)
-        self.length = counts[self.key] if shape.sparse else shape.tiles
+        self.length: Any = counts[self.key] if shape.sparse else shape.tiles
 
     def __getitem__(self, j: Any) -> Array:
         if not self.shape.sparse and not self.shape.masked:
@@ -90,15 +90,15 @@ class TileList:
         """First key to load."""
         return jnp.minimum(lax.shift_right_logical(entry, np.int32(1)), self.shape.tiles - 1) * self.shape.tile
 
-    def _bias(self, bias: Any, row: tuple[Any, ...], entry: Array) -> Array:
-        keys = pl.ds(lax.shift_right_logical(entry, np.int32(1)) * self.shape.tile, self.shape.tile)
-        return self.gpu.load(bias.at[(*row, keys)], layout=plgpu.Layout.WGMMA.reduce(0))
+    def _bias(self, bias: Any, row: tuple[Any, ...], entry: Array, part: int = 0, parts: int = 1) -> Array:
+        size = self.shape.tile // parts
+        first = lax.shift_right_logical(entry, np.int32(1)) * self.shape.tile + part * size
+        return self.gpu.load(bias.at[(*row, pl.ds(first, size))], layout=plgpu.Layout.WGMMA.reduce(0))
 
-    def bias_of(self, bias: Any, first: Array, entry: Array) -> Array | None:
-        """The bias of a tile for the query rows from `first` on, [tile]; None unless query blocks have their own."""
-        if not self.shape.bias_rows:
-            return None
-        return self._bias(bias, (self.head, lax.div(first, np.int32(self.shape.bias_rows))), entry)
+    def pair_bias(self, bias: Any, first: Array, entry: Array, part: int = 0, parts: int = 1) -> Array:
+        """That of a query block's own, for the rows from `first` on and one of the `parts` of a tile's keys."""
+        row = self.head, lax.div(first, np.int32(self.shape.bias_rows))
+        return over_rows(self._bias(bias, row, entry, part, parts), ROWS)
 
     def mask(self, s: Array, entry: Array, bias: Any) -> Array:
         """Adds the bias row if the tile is partial."""
@@ -108,9 +108,9 @@ class TileList:
         return lax.cond((entry & 1) == 1, partial, lambda s: s, s)
 
 
-def slot_of(step: Array, stages: int) -> Array:
+def slot_of(step: Any, stages: int) -> Array:
     """Which of the `stages` buffers a step uses."""
-    return lax.rem(step, np.int32(stages))
+    return lax.rem(jnp.asarray(step, jnp.int32), np.int32(stages))
 
 
 def tile_memory(shape: Shape, leading: tuple[int, ...], rows: int) -> Any:
@@ -131,9 +131,9 @@ def tile_bias(
 
 def every_tile(
     block_valid: Array | None, batch: int, block: int, keys: int, padded: int, tile: int
-) -> tuple[dict[str, Array], Array | None]:
+) -> dict[str, Array]:
     """The list of all key tiles, one for each batch row, and the bias; neither if every key is valid."""
     if block_valid is None and keys == padded:
-        return {}, None
+        return {}
     bias, partial = tile_bias(block_valid, batch, block, keys, padded, tile)
-    return {"entries": 2 * numbers(partial.shape[1], 2) + partial}, bias
+    return {"entries": 2 * numbers(partial.shape[1], 2) + partial, "bias": bias}

@@ -18,7 +18,7 @@ from pallas_kernels.calls import Request
 from pallas_kernels.dispatch import choose
 from tests.adaspa_jax.test_text import call_of
 from tests.kernel_cases import FULL, GPU_CASES, Case, assert_attention, operands, pooled_operands
-from tests.pallas_kernels import test_rows
+from tests.pallas_kernels import test_bounds, test_rows
 
 pytestmark = [
     pytest.mark.gpu,
@@ -128,6 +128,13 @@ def test_the_best_implementation_is_the_default() -> None:
 @every
 def test_only_the_first_rows_attend(block_q: int, implementation) -> None:
     test_rows.check(block_q, jnp.bfloat16, implementation=implementation)
+
+
+@pytest.mark.parametrize("block", [64, 128])
+@pytest.mark.parametrize("kernel", test_bounds.KERNELS)
+@every
+def test_programs_of_both_kinds(kernel: str, block: int, implementation) -> None:
+    test_bounds.check(kernel, block, implementation=implementation)
 
 
 @pytest.mark.parametrize(("block", "text"), [(64, 190), (128, 200)])

@@ -24,6 +24,7 @@ ENDS: dict[str, tuple[Exception, int, str]] = {
     "safetensors": (SafetensorError("header too large"), 2, "header too large"),
     "av": (av.error.FFmpegError(-5, "muxer"), 2, "muxer"),
     "a package": (ModuleNotFoundError("No module named 'av'"), 2, "'av': pip install 'adaspa_jax\\[demo\\]'"),
+    "torch's": (ModuleNotFoundError("no torch", name="torch.nn"), 2, "no torch: pip install 'adaspa_jax\\[torch\\]'"),
     "memory": (MemoryError(), 2, "out of memory .*smaller or shorter video"),
     "the device": (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: 9 bytes"), 2, "out of memory .*9 bytes"),
     "a library that talks": (ValueError("x" * 5000), 2, "^error: x{600}... .all of it with --debug.$"),
