@@ -71,13 +71,21 @@ def inputs(tokens: int) -> list[tuple[Array, Array, Array]]:
     return [tuple(draw(keys[3 * i + j]) for j in range(3)) for i in range(2)]  # type: ignore[misc]
 
 
-def random_lists(tokens: int, block: int, density: float) -> tuple[Array, Array]:
-    """(indices, counts): for each query block a random set of key blocks, ascending as in a sampler on a GPU."""
-    blocks = math.ceil(tokens / block)
+def random_lists(
+    tokens: int, block: int, density: float, block_q: int | None = None, clustered: bool = False
+) -> tuple[Array, Array]:
+    """(indices, counts): for each query block a random set of key blocks, ascending as in a sampler on a GPU.
+
+    `clustered`: nearly the same set for 16 query blocks in a row, in runs of 4 key blocks.
+    """
+    rows, blocks = math.ceil(tokens / (block_q or block)), math.ceil(tokens / block)
     kept = math.ceil(round(density * blocks, 6))
-    order = jax.random.uniform(jax.random.key(block), (1, HEADS, blocks, blocks))
+    order = jax.random.uniform(jax.random.key(block), (1, HEADS, rows, blocks))
+    if clustered:
+        shared = jax.random.uniform(jax.random.key(1), (1, HEADS, math.ceil(rows / 16), math.ceil(blocks / 4)))
+        order = 0.1 * order + shared.repeat(16, 2)[:, :, :rows].repeat(4, 3)[..., :blocks]
     indices = jnp.sort(jax.lax.top_k(order, kept)[1]).astype(jnp.uint16)
-    return indices, jnp.full((1, HEADS, blocks), kept, jnp.int32)
+    return indices, jnp.full((1, HEADS, rows), kept, jnp.int32)
 
 
 def figures(run: Callable[..., Any], sets: list[Any], work: float) -> dict[str, Any]:
@@ -139,6 +147,19 @@ def ours(
             stood = figures(compensated(blocks), standing, work * (kept + (1 - kept) / block))
             ratio = {"over_plain": stood["ms"] / found["ms"]}
             yield head | {"kernel": "compensated"} | case | stood | ratio
+    yield from other_lists(tokens, sets, implementation)
+
+
+def other_lists(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:
+    """Block-sparse at density 0.2: query blocks of 128 rows over key blocks of 64; lists that neighbours share."""
+    for name, block_q, clustered in (("128 x 64", 128, False), ("64, clustered", 64, True)):
+        indices, counts = random_lists(tokens, 64, 0.2, block_q, clustered)
+        blocks = {"block_q": block_q, "block_k": 64, "implementation": implementation}
+        sparse = lambda *x, blocks=blocks: block_sparse_attention(*x, return_lse=True, **blocks)
+        work = 4e-12 * HEADS * tokens**2 * HEAD_DIM * indices.shape[3] / math.ceil(tokens / 64)
+        case: dict[str, Any] = {"tokens": tokens, "implementation": implementation, "kernel": "block_sparse"}
+        case |= {"block": name, "density": 0.2}
+        yield case | figures(sparse, [(*s, indices, counts) for s in sets], work)
 
 
 def selection(tokens: int) -> Iterator[dict[str, Any]]:
