@@ -14,7 +14,8 @@ from pallas_kernels.calls import Request
 Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
 _BEST: dict[str, tuple[Implementation, ...]] = {
     "tpu": ("mosaic_tpu", "xla"),
-    "gpu": ("mosaic_gpu", "triton", "xla"),
+    # jax 0.11 deprecates the Pallas Triton backend; without it jax_triton takes its place.
+    "gpu": ("mosaic_gpu", "triton", "jax_triton", "xla"),
     "cpu": ("xla",),
 }
 
@@ -61,7 +62,11 @@ def choose(implementation: Implementation | None, request: Request) -> tuple[Imp
         return implementation, module
     reasons: list[str] = []
     for name in _BEST.get(jax.default_backend(), ("xla",)):
-        module = backend(name)
+        try:
+            module = backend(name)
+        except NotImplementedError as missing:
+            reasons.append(str(missing))
+            continue
         reason = module.unsupported(request)
         if reason is None:
             if reasons and request.score_precision != "input":

@@ -11,7 +11,7 @@ from jax import Array
 from pallas_kernels.blocks import LOG2E
 from pallas_kernels.calls import MassCall
 from pallas_kernels.jax_triton.launch import launch
-from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_pooled, padded_sparse
+from pallas_kernels.triton_calls import padded_dense, padded_mass, padded_pooled, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 

@@ -16,7 +16,7 @@ from jax.experimental.pallas import triton as plt
 from pallas_kernels import varying
 from pallas_kernels.blocks import FLOOR, LOG2E, merge_heads
 from pallas_kernels.calls import MassCall
-from pallas_kernels.triton.padding import padded_dense, padded_mass, padded_pooled, padded_sparse
+from pallas_kernels.triton_calls import padded_dense, padded_mass, padded_pooled, padded_sparse
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 

@@ -1,4 +1,7 @@
-"""What both Triton implementations do around their kernels: tokens padded to whole tiles, validity made a bias."""
+"""What both Triton implementations serve, and do around their kernels: tokens padded to tiles, validity made a bias.
+
+It imports neither: jax_triton serves Ampere when JAX has no Pallas Triton backend any more.
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -7,10 +10,25 @@ import jax.numpy as jnp
 from jax import Array
 
 from pallas_kernels.blocks import LOG2E, key_bias, pad_tokens
-from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, Request, SparseCall
+from pallas_kernels.dispatch import gpu_capability
 from pallas_kernels.tuning import TritonTuning, triton_tuning
 
 Kernel = Callable[..., tuple[Array, Array]]
+
+
+def unsupported(request: Request) -> str | None:
+    """Why the call cannot run here, or None."""
+    if request.score_precision != "input":
+        return f"score_precision={request.score_precision!r} is for TPUs"
+    if request.head_dim < 16 or request.head_dim > 128 or request.head_dim & (request.head_dim - 1):
+        return f"head_dim={request.head_dim} must be a power of two from 16 to 128"
+    if any(block is not None and block < 16 for block in (request.block_q, request.block_k)):
+        return f"block_q={request.block_q}, block_k={request.block_k} must be at least 16"
+    capability = gpu_capability()
+    if capability is not None and not request.interpret and float(capability) < 8.0:
+        return f"compute capability {capability} is below 8.0 (Ampere)"
+    return None
 
 
 def padded_dense(attention: Kernel, call: DenseCall, tuning: TritonTuning | None = None, **options: Any) -> Any:
