@@ -84,7 +84,8 @@ class SparseConfig:
     compensation: Compensation = "pooled"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
     score_precision: ScorePrecision = "input"
-    """What the scores of kept blocks are multiplied in: the dtype of q and k, or, on a TPU, "int8" or "fp8"."""
+    """What the scores of kept blocks are multiplied in: the dtype of q and k, "int8" on a TPU, or "fp8" there and on a
+    Hopper GPU."""
     query_block_size: int | None = None
     """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 

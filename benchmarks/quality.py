@@ -40,6 +40,7 @@ from models.pipeline.plan import initial_noise
 from models.pipeline.video import LatentSample
 from models.pipeline.words import HunyuanVideoPipeline
 from pallas_kernels import Implementation
+from pallas_kernels.dispatch import gpu_capability
 
 
 @dataclass(frozen=True)
@@ -96,8 +97,9 @@ def variants(steps: int) -> dict[str, SparseConfig]:
     change = dataclasses.replace
     adaspa, default = SparseConfig.paper(steps, token_order="cube"), SparseConfig(steps=steps)
     at = lambda *shares: change(default, search_steps=search_steps_at(steps, *shares))
-    # GPU kernels refuse scores in 8 bits: they would end a run over all ways.
-    eight = () if jax.default_backend() == "gpu" else ("int8", "fp8")
+    # What a GPU refuses would end a run over all ways.
+    on_gpu = ("fp8",) if gpu_capability() == "9.0" else ()
+    eight = on_gpu if jax.default_backend() == "gpu" else ("int8", "fp8")
     return {
         BASE: adaspa,
         "AdaSpa, raster (paper)": change(adaspa, token_order="raster"),

@@ -141,7 +141,7 @@ def main(
     ] = None,
     score_precision: Annotated[
         str | None,
-        typer.Option(help="of the kept blocks' scores: input, or on a TPU int8 (v5, v6) or fp8 (v7x); default: input"),
+        typer.Option(help="of kept blocks' scores: input, int8 (TPU v5, v6) or fp8 (TPU v7x, Hopper); default: input"),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")

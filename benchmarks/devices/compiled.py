@@ -65,7 +65,8 @@ class Machine:
         """Its devices, which need not be there."""
         count = self.heads * self.rows
         if self.topology is None:
-            from benchmarks.gpu.compiled import devices, use_toolkit
+            from benchmarks.gpu.compiled import devices
+            from benchmarks.gpu.toolkit import use_toolkit
 
             use_toolkit()
             found = devices("9.0", count)

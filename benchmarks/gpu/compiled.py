@@ -22,7 +22,6 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import re
 import subprocess
-import sysconfig
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -34,9 +33,11 @@ import numpy as np
 import typer
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from benchmarks.gpu.stale import stale_copies
+from benchmarks.gpu.toolkit import cuda_root, disassembled, use_toolkit
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
 from pallas_kernels.dispatch import Implementation, backend
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -71,27 +72,14 @@ _SHARED = """
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_memory_size: 85000000000
 """
 
-KERNELS = ("dense", "block_mass", "block_sparse", "pooled")
+KERNELS = ("dense", "block_mass", "block_sparse", "pooled", "block_sparse, fp8 scores")
+_TMA = "cp.async.bulk.tensor"
 # implementation -> (architectures, dtypes)
 IMPLEMENTATIONS: dict[Implementation, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "triton": (("8.0", "9.0"), ("bfloat16", "float16", "float32")),
     "mosaic_gpu": (("9.0",), ("bfloat16", "float16")),
     "jax_triton": (("8.0", "9.0"), ("bfloat16", "float16", "float32")),
 }
-
-
-def cuda_root() -> Path:
-    """The CUDA toolkit that the nvidia-* wheels install; FileNotFoundError without one."""
-    root = Path(sysconfig.get_paths()["purelib"]) / "nvidia" / "cu13"
-    if not (root / "bin" / "ptxas").is_file():
-        raise FileNotFoundError(f"{root}/bin/ptxas is missing; pip install -e '.[gpu-compilers]'")
-    return root
-
-
-def use_toolkit() -> None:
-    """Lets the compilers find ptxas and libdevice; FileNotFoundError without them."""
-    os.environ["PATH"] += os.pathsep + str(cuda_root() / "bin")
-    os.environ["CUDA_ROOT"] = str(cuda_root())
 
 
 def devices(arch: str, count: int = 1) -> list[Any]:
@@ -112,7 +100,10 @@ def devices(arch: str, count: int = 1) -> list[Any]:
 
 
 def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
-    """Registers, spilled bytes and warnings that wgmmas are serialized; `ptxas` for PTX newer than the toolkit."""
+    """Registers, spilled bytes, warnings that wgmmas are serialized, and what `benchmarks.gpu.stale` finds.
+
+    `ptxas`: another than the toolkit's, for PTX that is newer.
+    """
     arch = re.search(r"\.target (sm_\w+)", ptx)
     assert arch is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -121,13 +112,15 @@ def run_ptxas(ptx: str, ptxas: Path | None = None) -> dict[str, int]:
         tool, made = str(ptxas or cuda_root() / "bin" / "ptxas"), f"{folder}/kernel.cubin"
         command = [tool, "-v", f"-arch={arch[1]}", str(source), "-o", made]
         ended = subprocess.run(command, capture_output=True, text=True, check=False)
-    if ended.returncode:
-        raise RuntimeError(f"ptxas: {ended.stderr.strip()[:500]}")
+        if ended.returncode:
+            raise RuntimeError(f"ptxas: {ended.stderr.strip()[:500]}")
+        stale = stale_copies(disassembled(Path(made))) if _TMA in ptx else []
     numbers = lambda pattern: [int(n) for n in re.findall(pattern, ended.stderr)]
     return {
         "registers": max(numbers(r"Used (\d+) registers")),
         "spill_bytes": sum(numbers(r"(\d+) bytes spill (?:stores|loads)")),
         "serialized": ended.stderr.count("instructions are serialized"),
+        "stale": len(stale),
     }
 
 
@@ -136,7 +129,7 @@ def count_instructions(ptx: str) -> dict[str, int]:
     return {
         "mma_sync": ptx.count("mma.sync"),
         "wgmma": ptx.count("wgmma.mma_async"),
-        "tma_loads": ptx.count("cp.async.bulk.tensor"),
+        "tma_loads": ptx.count(_TMA),
         "local_memory": len(re.findall(r"\b(?:ld|st)\.local", ptx)),
     }
 
@@ -159,7 +152,9 @@ def call(
         means, words = shape((1, 2, 200, head_dim), dtype), shape((1, 2, 8, 7), jnp.uint32)
         pooled = lambda q, k, s, m: module.pooled_attention(PooledCall(q, k, k, s, m, scale, block), **options)
         return pooled, [x, means, shape(means.shape[:3], jnp.float32), words]
-    sparse = lambda q, i, c, b: module.block_sparse_attention(SparseCall(q, q, q, i, c, scale, *blocks, b), **options)
+    precision: ScorePrecision = "fp8" if kernel.endswith("fp8 scores") else "input"
+    given = lambda q, i, c, b: SparseCall(q, q, q, i, c, scale, *blocks, b, score_precision=precision)
+    sparse = lambda *arrays: module.block_sparse_attention(given(*arrays), **options)
     return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
 
 
@@ -256,24 +251,26 @@ def _jax_triton(function: Callable[..., Any], arguments: list[Any], arch: str) -
 _COMPILE = {"triton": _pallas_triton, "mosaic_gpu": _mosaic, "jax_triton": _jax_triton}
 
 
+def served(arch: str) -> list[tuple[Implementation, str]]:
+    """(implementation, kernel) of what there is for an architecture."""
+    every = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
+    return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or not kernel.endswith("fp8 scores")]
+
+
 def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:
     """One row a default configuration of every implementation that serves `arch`; `few`: bfloat16 at D = 128."""
     use_toolkit()
     rows = []
-    for implementation, (arches, dtypes) in IMPLEMENTATIONS.items():
-        if arch not in arches:
-            continue
-        for kernel in KERNELS:
-            for dtype in dtypes[:1] if few else dtypes:
-                for head_dim in (128,) if few else (64, 128):
-                    # A dense kernel's tiles do not depend on the block.
-                    for block in (64, 128) if kernel != "dense" else (64,):
-                        options = (
-                            {"compute_capability": int(float(arch) * 10)} if implementation == "jax_triton" else {}
-                        )
-                        case: dict[str, Any] = {"block": block, "head_dim": head_dim, "dtype": dtype}
-                        found = _COMPILE[implementation](*call(implementation, kernel, **(case | options)), arch)
-                        rows.append({"implementation": implementation, "kernel": kernel, "arch": arch} | case | found)
+    for implementation, kernel in served(arch):
+        dtypes = IMPLEMENTATIONS[implementation][1]
+        for dtype in dtypes[:1] if few else dtypes:
+            for head_dim in (128,) if few else (64, 128):
+                # A dense kernel's tiles do not depend on the block.
+                for block in (64, 128) if kernel != "dense" else (64,):
+                    options = {"compute_capability": int(float(arch) * 10)} if implementation == "jax_triton" else {}
+                    case: dict[str, Any] = {"block": block, "head_dim": head_dim, "dtype": dtype}
+                    found = _COMPILE[implementation](*call(implementation, kernel, **(case | options)), arch)
+                    rows.append({"implementation": implementation, "kernel": kernel, "arch": arch} | case | found)
     return rows
 
 

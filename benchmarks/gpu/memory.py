@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Annotated, Any
 
 # First: it sets what jax reads when it is imported.
-from benchmarks.gpu.compiled import devices, use_toolkit  # isort: skip
+from benchmarks.gpu.compiled import devices  # isort: skip
+from benchmarks.gpu.toolkit import use_toolkit  # isort: skip
 
 import jax
 import jax.numpy as jnp

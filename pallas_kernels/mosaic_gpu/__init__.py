@@ -12,8 +12,8 @@ __all__ = ["block_mass", "block_sparse_attention", "flash_attention", "pooled_at
 
 def unsupported(request: Request) -> str | None:
     """Why the call cannot run here, or None."""
-    if request.score_precision != "input":
-        return f"score_precision={request.score_precision!r} is for TPUs"
+    if request.score_precision == "int8":
+        return "score_precision='int8' is for TPUs; a Hopper takes 'fp8'"
     if jnp.dtype(request.dtype) not in (jnp.bfloat16, jnp.float16):
         return f"dtype={jnp.dtype(request.dtype)} must be bfloat16 or float16"
     if request.head_dim not in (64, 128):

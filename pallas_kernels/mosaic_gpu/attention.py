@@ -11,6 +11,7 @@ from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, every_tile, tile_bias
 from pallas_kernels.mosaic_gpu.softmax import bounded
+from pallas_kernels.quantized import in_8_bits
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
 
 
@@ -24,14 +25,14 @@ def _attention(
 ) -> tuple[Array, Array]:
     """Runs the kernel that serves `shape` on padded q, k, v.
 
-    `lists` holds entries, counts if sparse, and the bias if there is one. The first `rows` rows of q attend, a multiple
-    of those of a program. `most`: of a bias of pairs, in absolute value.
+    `lists` holds entries, counts if sparse, and the bias and the scales of q's rows if there are any. The first `rows`
+    rows of q attend, a multiple of those of a program. `most`: of a bias of pairs, in absolute value.
     """
     inputs = {name: merge_heads(x) for name, x in zip("qkv", arrays, strict=True)} | lists
     batch, heads, _, dim = arrays[0].shape
     if shape.dtype == jnp.bfloat16:  # float16 does not hold what it takes
         q, k = inputs["q"][:, :rows], inputs["k"]
-        inputs["bounded"] = bounded(q, k, shape.scale / LOG2E, shape.rows, most)
+        inputs["bounded"] = bounded(q, k, shape.scale / LOG2E, shape.rows, most, lists.get("row_scale"))
     module, groups = (pair, 3) if shape.rows == 2 * ROWS else (single, 1)
     outputs = {"out": ((batch * heads, rows, dim), shape.dtype), "lse": ((batch * heads, rows), jnp.float32)}
     grid = batch * heads, rows // shape.rows
@@ -66,6 +67,15 @@ def flash_attention(call: DenseCall, tuning: MosaicGpuTuning | None = None) -> t
 
 def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = None) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
+    if call.score_precision == "input":
+        return _over_lists(call, tuning)
+    return in_8_bits(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
+
+
+def _over_lists(
+    call: SparseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None = None
+) -> tuple[Array, Array]:
+    """Of q and k as they are, or in 8 bits with `row_scale`."""
     (batch, _, _, dim), keys, kmax = call.q.shape, call.k.shape[2], call.indices.shape[3]
     block_q, block_k = call.block_q, call.block_k
     tuning = tuning or mosaic_gpu_tuning("block_sparse", dim, block_q, block_k)
@@ -79,9 +89,18 @@ def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = No
     tile_of = jnp.minimum(first[..., None] + numbers(parts, 5), tiles).reshape(*first.shape[:3], -1)
     entries = 2 * tile_of + jnp.take_along_axis(partial[:, None, None], tile_of, axis=-1, mode="clip")
     counts = jnp.clip(call.counts, 0, kmax).astype(jnp.int32) * parts
-    options = {"rows": tile_q, "split": block_q // tile_q, "stages": tuning.stages, "sparse": True, "masked": True}
+    options = {
+        "dtype": call.v.dtype,
+        "rows": tile_q,
+        "split": block_q // tile_q,
+        "stages": tuning.stages,
+        "sparse": True,
+        "masked": True,
+    }
     shape = Shape.of(q, tile, tiles, call.scale, **options)
     lists = {"entries": merge_heads(entries), "counts": merge_heads(counts), "bias": bias}
+    if row_scale is not None:
+        lists["row_scale"] = merge_heads(pad_tokens(row_scale, block_q))[:, :padded]
     out, lse = _attention((q, *_keys(call.k, call.v)), shape, lists, call.interpret, padded)
     return out[:, :, :rows], lse[:, :, :rows]
 

@@ -15,13 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.blocks import FLOOR, LOG2E
-from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, over_columns, row_vector, slot_of
+from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, over_columns, row_vector, slot_of, tile_memory
 from pallas_kernels.mosaic_gpu.softmax import PART, Softmax
 
 
 def hold_memory(*leading: int) -> Any:
     """Shared memory of `Consumer.hold`."""
     return plgpu.SMEM((*leading, ROWS, PART), jnp.float32)
+
+
+def own_out(shape: Shape, *leading: int) -> list[Any]:
+    """Shared memory of the output, which takes that of q where both are of one dtype."""
+    return [] if shape.score_dtype == shape.dtype else [tile_memory(shape, leading, ROWS)]
 
 
 @dataclass(frozen=True)
@@ -137,12 +142,16 @@ class Consumer:
 
     def attend(self) -> tuple[Array, Array, Array]:
         """(values times weights [64, D], sum of the weights [64], maximum [64]), by the softmax its scores allow."""
-        bounded = lambda: self._attend(Softmax(self.gpu, self.shape.scale, True))
+        scale: Any = self.shape.scale
+        if "row_scale" in self.refs:
+            rows = self.refs["row_scale"].at[self.program[0], pl.ds(self.first, ROWS)]
+            scale = self.gpu.load(rows, layout=plgpu.Layout.WGMMA.reduce(1)) * scale
+        bounded = lambda: self._attend(Softmax(self.gpu, scale, True))
         running = self._attend_in_halves if self.shape.bias_rows else self._attend
         nothing = lambda: (self._zeros(self.shape.head_dim), row_vector(self.gpu, 0.0), row_vector(self.gpu, FLOOR))
 
         def some() -> Any:
-            least = lambda: running(Softmax(self.gpu, self.shape.scale, False))
+            least = lambda: running(Softmax(self.gpu, scale, False))
             known = self.refs.get("bounded")
             return least() if known is None else lax.cond(known[self.program] != 0, bounded, least)
 

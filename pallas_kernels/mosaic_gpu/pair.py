@@ -8,13 +8,13 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory
+from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory, own_out
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, slot_of, tile_memory
 
 
 def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """128 query rows: two consumers and a producer."""
-    q_smem, k_smem, v_smem, lse_smem, hold_smem, q_ready, k_ready, v_ready, k_free, v_free = memory
+    q_smem, k_smem, v_smem, lse_smem, hold_smem, q_ready, k_ready, v_ready, k_free, v_free, *apart = memory
     head, row, group = gpu.axis_index("head"), gpu.axis_index("row"), gpu.axis_index("group")
     tiles = TileList(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
     steps = tiles.length
@@ -24,7 +24,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         gpu.set_max_registers(232, action="increase")
         first = row * shape.rows + group * ROWS
         mine = pl.ds(first, ROWS)
-        q, lse = q_smem.at[group], lse_smem.at[group]
+        q, out, lse = q_smem.at[group], (apart or [q_smem])[0].at[group], lse_smem.at[group]
         gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
         gpu.barrier_wait(q_ready.at[group])
 
@@ -46,8 +46,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
             k_done=lambda j, _: free(k_free, j),
             v_done=lambda j, _: free(v_free, j),
         )
-        finish(gpu, *consumer.attend(), q, lse, shape.dtype)
-        gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
+        finish(gpu, *consumer.attend(), out, lse, shape.dtype)
+        gpu.copy_smem_to_gmem(out, refs["out"].at[head, mine])
         gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
         gpu.wait_smem_to_gmem(0)
 
@@ -80,8 +80,9 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 
 def memory(shape: Shape) -> list[Any]:
     """Scratch, in the order in which the kernel unpacks it."""
-    keys = [tile_memory(shape, (shape.stages,), shape.tile)] * 2
+    tiles = [tile_memory(shape, (shape.stages,), shape.tile, dtype) for dtype in (shape.score_dtype, shape.dtype)]
     lse = plgpu.SMEM((2, ROWS), jnp.float32)
     ready = [plgpu.Barrier(num_barriers=shape.stages)] * 2
     free = [plgpu.Barrier(num_arrivals=2, num_barriers=shape.stages)] * 2
-    return [tile_memory(shape, (2,), ROWS), *keys, lse, hold_memory(2), plgpu.Barrier(num_barriers=2), *ready, *free]
+    q, barriers = tile_memory(shape, (2,), ROWS, shape.score_dtype), [plgpu.Barrier(num_barriers=2), *ready, *free]
+    return [q, *tiles, lse, hold_memory(2), *barriers, *own_out(shape, 2)]

@@ -42,13 +42,16 @@ class Shape:
     """Programs that share one list."""
     bias_rows: int = 0
     """Query rows that share a row of the bias [B * H, query blocks, Nk]; 0: it is [B, Nk], for partial tiles alone."""
+    score_dtype: Any = None
+    """Of q and k; None: as v and out."""
     sparse: bool = False
     """Lists are of a query block, counts vary; else one list a batch row serves all, and every tile is on it."""
 
     @classmethod
     def of(cls, q: Array, tile: int, tiles: int, scale: float, **options: Any) -> "Shape":
         """For padded q [B, H, N, D], key tiles and the natural scale of the scores; `options` are the other fields."""
-        return cls(q.shape[1], q.shape[3], q.dtype, tile=tile, tiles=tiles, scale=scale * LOG2E, **options)
+        options = {"dtype": q.dtype, "score_dtype": q.dtype} | options
+        return cls(q.shape[1], q.shape[3], tile=tile, tiles=tiles, scale=scale * LOG2E, **options)
 
 
 def loop(begin: Any, end: Any, body: Any, start: Any) -> Any:
@@ -113,11 +116,12 @@ def slot_of(step: Any, stages: int) -> Array:
     return lax.rem(jnp.asarray(step, jnp.int32), np.int32(stages))
 
 
-def tile_memory(shape: Shape, leading: tuple[int, ...], rows: int) -> Any:
-    """Shared memory for [*leading, rows, D] in the layout of TMA and wgmma."""
-    columns = 128 // jnp.dtype(shape.dtype).itemsize
-    transforms = (plgpu.TilingTransform((8, columns)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM((*leading, rows, shape.head_dim), shape.dtype, transforms=transforms)
+def tile_memory(shape: Shape, leading: tuple[int, ...], rows: int, dtype: Any = None) -> Any:
+    """Shared memory for [*leading, rows, D], of `shape.dtype` or `dtype`, in the layout of TMA and wgmma."""
+    dtype = dtype or shape.dtype
+    swizzle = min(128, shape.head_dim * jnp.dtype(dtype).itemsize)
+    transforms = (plgpu.TilingTransform((8, swizzle // jnp.dtype(dtype).itemsize)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM((*leading, rows, shape.head_dim), dtype, transforms=transforms)
 
 
 def tile_bias(

@@ -8,13 +8,14 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory
+from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory, own_out
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, slot_of, tile_memory
 
 
 def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """64 query rows: one warpgroup that loads ahead for itself; another program fills its gaps."""
-    q, k_smem, v_smem, lse, hold, q_ready, k_ready, v_ready = memory
+    q, k_smem, v_smem, lse, hold, q_ready, k_ready, v_ready, *apart = memory
+    out = (apart or [q])[0]
     head, row = gpu.axis_index("head"), gpu.axis_index("row")
     tiles = TileList(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
     steps = tiles.length
@@ -57,8 +58,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         k_done=lambda j, entries: done(0, j, entries),
         v_done=lambda j, entries: done(1, j, entries),
     )
-    finish(gpu, *consumer.attend(), q, lse, shape.dtype)
-    gpu.copy_smem_to_gmem(q, refs["out"].at[head, mine])
+    finish(gpu, *consumer.attend(), out, lse, shape.dtype)
+    gpu.copy_smem_to_gmem(out, refs["out"].at[head, mine])
     gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
     gpu.wait_smem_to_gmem(0)
 
@@ -66,8 +67,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
 def memory(shape: Shape) -> list[Any]:
     """Scratch, in the order in which the kernel unpacks it."""
     # The scores of a tile are through before its values are begun.
-    stages = max(1, shape.stages - 1), shape.stages
-    keys = [tile_memory(shape, (n,), shape.tile) for n in stages]
+    stages, dtypes = (max(1, shape.stages - 1), shape.stages), (shape.score_dtype, shape.dtype)
+    tiles = [tile_memory(shape, (n,), shape.tile, dtype) for n, dtype in zip(stages, dtypes, strict=True)]
     ready = [plgpu.Barrier(num_barriers=n) for n in stages]
-    lse = plgpu.SMEM((ROWS,), jnp.float32)
-    return [tile_memory(shape, (), ROWS), *keys, lse, hold_memory(), plgpu.Barrier(), *ready]
+    q, lse = tile_memory(shape, (), ROWS, shape.score_dtype), plgpu.SMEM((ROWS,), jnp.float32)
+    return [q, *tiles, lse, hold_memory(), plgpu.Barrier(), *ready, *own_out(shape)]

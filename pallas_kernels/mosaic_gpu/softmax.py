@@ -19,14 +19,17 @@ PART = 8
 """Columns of the partial sums: those that each thread holds two of."""
 
 
-def bounded(q: Array, k: Array, scale: float, rows: int, bias: float | Array = 0.0) -> Array:
+def bounded(
+    q: Array, k: Array, scale: float, rows: int, bias: float | Array = 0.0, row_scale: Array | None = None
+) -> Array:
     """int32 [B * H, programs]: whether no score of `rows` query rows can pass LIMIT, by the norms of q and k.
 
-    q, k: [B * H, N, D], bfloat16; q is whole programs. `bias`: what is added to scores at most, in absolute value. NaN
-    and infinities bound nothing.
+    q, k: [B * H, N, D]; q, whole programs, is times `row_scale` [B * H, N]. `bias`: what is added to scores at most, in
+    absolute value. NaN and infinities bound nothing.
     """
     norm = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
-    longest = norm(q).reshape(q.shape[0], -1, rows).max(-1)
+    longest = norm(q) if row_scale is None else norm(q) * row_scale
+    longest = longest.reshape(q.shape[0], -1, rows).max(-1)
     return (longest * norm(k).max(-1, keepdims=True) * scale + bias <= LIMIT).astype(jnp.int32)
 
 
@@ -40,10 +43,13 @@ def partial_sums(p: Array) -> Array:
 
 
 class Softmax:
-    """Steps of one softmax; its state is the sums [64, 8] and, unless bounded, the running maximum [64], base 2, and by
-    what the last step shrank what was summed before."""
+    """Steps of one softmax of scores times `scale`, base 2, of all rows or [64] of each.
 
-    def __init__(self, gpu: Any, scale: float, bounded: bool):
+    Its state is the sums [64, 8] and, unless bounded, the running maximum [64], base 2, and by what the last step
+    shrank what was summed before.
+    """
+
+    def __init__(self, gpu: Any, scale: float | Array, bounded: bool):
         self.gpu, self.scale, self.bounded = gpu, scale, bounded
 
     def start(self) -> tuple[Array, ...]:
@@ -51,14 +57,17 @@ class Softmax:
         sums = over_columns(row_vector(self.gpu, 0.0), PART)
         return (sums,) if self.bounded else (sums, row_vector(self.gpu, FLOOR), row_vector(self.gpu, 1.0))
 
+    def _scaled(self, s: Array) -> Array:
+        return s * (over_columns(self.scale, s.shape[1]) if isinstance(self.scale, Array) else self.scale)
+
     def step(self, s: Array, state: tuple[Array, ...]) -> tuple[Array, tuple[Array, ...]]:
         """(weights of the scores s, state)."""
         if self.bounded:
-            p = jnp.exp2(s * self.scale)
+            p = jnp.exp2(self._scaled(s))
             return p, (state[0] + partial_sums(p),)
         sums, m, _ = state
         m_new = jnp.maximum(m, s.max(axis=1) * self.scale)
-        p, shrink = jnp.exp2(s * self.scale - over_columns(m_new, s.shape[1])), jnp.exp2(m - m_new)
+        p, shrink = jnp.exp2(self._scaled(s) - over_columns(m_new, s.shape[1])), jnp.exp2(m - m_new)
         return p, (sums * over_columns(shrink, PART) + partial_sums(p), m_new, shrink)
 
     def rescaled(self, acc: Array, state: tuple[Array, ...]) -> Array:

@@ -137,6 +137,22 @@ def test_programs_of_both_kinds(kernel: str, block: int, implementation) -> None
     test_bounds.check(kernel, block, implementation=implementation)
 
 
+@pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (128, 128)])
+def test_scores_in_fp8(block_q: int, block_k: int) -> None:
+    case = dataclasses.replace(
+        FULL, rows=512, keys=640, block_q=block_q, block_k=block_k, dtype="bfloat16", ragged=True
+    )
+    case = prepare(case, "bfloat16", "mosaic_gpu", "block_sparse_attention")
+    x = operands(case)
+    blocks = {"block_q": block_q, "block_k": block_k, "block_valid": x.block_valid, "return_lse": True}
+    run = lambda implementation: block_sparse_attention(
+        x.q, x.k, x.v, x.indices, x.counts, score_precision="fp8", implementation=implementation, **blocks
+    )
+    (out, lse), (expected, expected_lse) = run("mosaic_gpu"), run("reference")
+    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2)
+    np.testing.assert_allclose(lse, expected_lse, atol=1e-4)
+
+
 @pytest.mark.parametrize(("block", "text"), [(64, 190), (128, 200)])
 @every
 def test_text_in_parts_is_the_same(block: int, text: int, implementation) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from benchmarks.gpu import compiled
-from benchmarks.gpu.compiled import IMPLEMENTATIONS, KERNELS, TARGETS, cuda_root
+from benchmarks.gpu.compiled import TARGETS, cuda_root, served
 from tests.matrix import in_matrix
 
 ROOT = Path(__file__).parents[2]
@@ -51,13 +51,13 @@ def rows(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 def test_every_default_configuration_compiles_without_spills_or_serialized_products(rows: list[dict[str, Any]]) -> None:
     arch = rows[0]["arch"]
-    served = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
-    assert sorted({(row["implementation"], row["kernel"]) for row in rows}) == sorted(served)
+    assert sorted({(row["implementation"], row["kernel"]) for row in rows}) == sorted(served(arch))
     for row in rows:
         assert row["spill_bytes"] == 0, row
         # Triton schedules its own products; ours must overlap.
         assert row["serialized"] == 0 or row["implementation"] != "mosaic_gpu", row
         assert row["local_memory"] == 0, row
+        assert row["stale"] == 0, row
         assert row["smem_bytes"] <= TARGETS[arch]["shared_memory_per_block_optin"], row
 
 
@@ -84,7 +84,7 @@ def test_what_ptxas_says_is_counted(monkeypatch: pytest.MonkeyPatch) -> None:
     ended = subprocess.CompletedProcess([], 0, "", LOG)
     monkeypatch.setattr(compiled.subprocess, "run", lambda *given, **options: ended)
     found = compiled.run_ptxas(".target sm_90a", Path("ptxas"))
-    assert found == {"registers": 168, "spill_bytes": 16, "serialized": 1}
+    assert found == {"registers": 168, "spill_bytes": 16, "serialized": 1, "stale": 0}
 
 
 # Whole functions through XLA, ptxas spills being errors; the last one for eight GPUs.

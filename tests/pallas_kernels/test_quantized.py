@@ -17,6 +17,13 @@ from tests.kernel_cases import CASES, Case, how, in_matrix, operands
 
 NAMES = ("D 128 bfloat16", "ragged length and blocks", "more keys than rows", "block 128", "density 0")
 precisions = pytest.mark.parametrize("precision", DTYPES)
+HOPPER = [
+    dataclasses.replace(case, dtype=dtype)
+    for case in CASES
+    if case.name in NAMES
+    for dtype in ("bfloat16", "float16")
+    if case.served("mosaic_gpu", "block_sparse_attention") or case.dtype == "float32"
+]
 SERVED = [case for case in CASES if case.name in NAMES]
 
 
@@ -49,6 +56,21 @@ def test_implementations_agree(case: Case, implementation: str, shifted: bool, p
     rounding = 2e-2 if case.dtype == "bfloat16" else 2e-5  # probabilities are of the values' dtype
     got = attend(case, x, implementation, score_precision=precision, **shift)
     assert_close(got, expected, rounding, 2e-5)
+
+
+@pytest.mark.parametrize("case", [in_matrix(case) for case in HOPPER])
+def test_hopper_agrees(case: Case) -> None:
+    x = operands(case)
+    expected = attend(case, x, "reference", score_precision="fp8")
+    with jax.disable_jit():
+        got = attend(case, x, "mosaic_gpu", score_precision="fp8")
+    assert_close(got, expected, 2e-2, 2e-5)
+
+
+def test_hopper_has_no_int8() -> None:
+    case = dataclasses.replace(HOPPER[0], dtype="bfloat16")
+    with pytest.raises(NotImplementedError, match=r"score_precision='int8' is for TPUs; a Hopper takes 'fp8'"):
+        attend(case, operands(case), "mosaic_gpu")
 
 
 @pytest.mark.parametrize("resident", [False, True])
