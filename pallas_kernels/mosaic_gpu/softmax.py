@@ -12,9 +12,9 @@ from jax import Array
 from pallas_kernels.blocks import FLOOR
 from pallas_kernels.mosaic_gpu.shape import over_columns, row_vector
 
-LIMIT = 55.0
-"""Largest size of a score, natural log, that needs no maximum. A row's largest weight is at least exp(-55), so that
-what float32 loses is below exp(-30) of it; the sum of 2^24 weights of exp(55) times values of 1e7 is below 1e38."""
+LIMIT = 60.0
+"""Largest size of a score, natural log, that needs no maximum. A row's largest weight is at least exp(-60), so that
+what float32 loses is below exp(-27) of it; the sum of 2^20 weights of exp(60) times values of 1e6 is below 2e38."""
 PART = 8
 """Columns of the partial sums: those that each thread holds two of."""
 
