@@ -6,6 +6,7 @@ implementation cannot serve the call; nothing falls back in silence.
 """
 
 import dataclasses
+import math
 from types import ModuleType
 from typing import Any, TypeVar, get_args
 
@@ -71,8 +72,12 @@ def _rows(q: Array, rows: int | None) -> int:
     return q.shape[2] if rows is None else rows
 
 
-def _scale(q: Array, scale: float | None) -> float:
-    return q.shape[-1] ** -0.5 if scale is None else scale
+def _positive(q: Array, scale: float | None) -> tuple[Array, float]:
+    """(q, scale) of the same scores, the scale above 0: kernels add what masks a key before they scale."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"{scale=} must be finite")
+    return (q, scale) if scale > 0 else (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
 
 
 def flash_attention(
@@ -120,7 +125,8 @@ def flash_attention(
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
     _check_shift(shift, q, q.shape[2])
-    call = DenseCall(q, k, v, _scale(q, scale), block_k, block_valid, interpret, shift)
+    q, scale = _positive(q, scale)
+    call = DenseCall(q, k, v, scale, block_k, block_valid, interpret, shift)
     module, call = _served(implementation, call)
     with jax.named_scope("flash_attention"):
         out, lse = module.flash_attention(call)
@@ -173,7 +179,8 @@ def block_mass(
     for label, valid, x, block in (("block_valid", block_valid, k, block_k), ("query_valid", query_valid, q, block_q)):
         if valid is not None:
             _check_integers(label, valid, (x.shape[0], block_count(x.shape[2], block)), "[B, blocks]")
-    call = MassCall(q, k, lse, _scale(q, scale), block_q, block_k, block_valid, query_valid, interpret)
+    q, scale = _positive(q, scale)
+    call = MassCall(q, k, lse, scale, block_q, block_k, block_valid, query_valid, interpret)
     module, call = _served(implementation, call)
     with jax.named_scope("block_mass"):
         mass, row_sum = module.block_mass(call)
@@ -240,7 +247,8 @@ def block_sparse_attention(
     _check_shift(shift, q, _rows(q, rows))
     if score_precision not in get_args(ScorePrecision):
         raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
-    sizes = _scale(q, scale), block_q, block_k
+    q, scale = _positive(q, scale)
+    sizes = scale, block_q, block_k
     call = SparseCall(q, k, v, indices, counts, *sizes, block_valid, interpret, shift, score_precision, rows)
     module, call = _served(implementation, call)
     with jax.named_scope("block_sparse_attention"):
@@ -295,9 +303,10 @@ def pooled_attention(
     for name, x, dtype, shape in (("bias", bias, jnp.float32, k_mean.shape[:3]), ("kept", kept, jnp.uint32, words)):
         if x.shape != shape or x.dtype != dtype:
             raise ValueError(f"{name} must be {jnp.dtype(dtype)}{list(shape)}; got {x.dtype}{list(x.shape)}")
-    if not _scale(q, scale) > 0:
+    if scale is not None and not scale > 0:
         raise ValueError(f"{scale=} must be positive")
-    call = PooledCall(q, k_mean, v_mean, bias, kept, _scale(q, scale), block_q, interpret, rows)
+    q, scale = _positive(q, scale)
+    call = PooledCall(q, k_mean, v_mean, bias, kept, scale, block_q, interpret, rows)
     module, call = _served(implementation, call)
     with jax.named_scope("pooled_attention"):
         out, lse = module.pooled_attention(call)

@@ -17,6 +17,10 @@ DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 """What each `ScorePrecision` but "input" multiplies."""
 
 
+LEAST = 1e-30
+"""Of a row's scale: below it scores are 0, and what masks a key, added to a score before it is scaled, would be too."""
+
+
 class Quantized(NamedTuple):
     """Operands of scores row_scale * (q · k) + offset."""
 
@@ -48,13 +52,14 @@ def quantize(call: SparseCall) -> Quantized:
     rounded_k, scale_k = _rounded(jnp.where(valid, k - mean, 0.0), (2, 3), dtype)
     rounded_q, scale_q = _rounded(q, (3,), dtype)
     offset = call.scale * (q * mean).sum(3)
-    return Quantized(rounded_q, rounded_k, (scale_q * scale_k)[..., 0], offset)
+    return Quantized(rounded_q, rounded_k, jnp.maximum((scale_q * scale_k)[..., 0], LEAST), offset)
 
 
 def in_8_bits(call: SparseCall, run: Callable[[SparseCall, Array], tuple[Array, Array]]) -> tuple[Array, Array]:
     """A call by a kernel `run` of quantised q and k and their `row_scale`; the mean of k is put back here."""
     z = quantize(call)
-    shift = None if call.shift is None else call.shift - z.offset
+    rows = None if call.shift is None else call.shift.shape[2]
+    shift = None if call.shift is None else call.shift - z.offset[:, :, :rows]
     out, lse = run(dataclasses.replace(call, q=z.q, k=z.k, shift=shift), z.row_scale)
     return out, lse + z.offset[:, :, : lse.shape[2]]
 

@@ -31,8 +31,9 @@ def _attention(
     inputs = {name: merge_heads(x) for name, x in zip("qkv", arrays, strict=True)} | lists
     batch, heads, _, dim = arrays[0].shape
     if shape.dtype == jnp.bfloat16:  # float16 does not hold what it takes
-        q, k = inputs["q"][:, :rows], inputs["k"]
-        inputs["bounded"] = bounded(q, k, shape.scale / LOG2E, shape.rows, most, lists.get("row_scale"))
+        q, scale = inputs["q"][:, :rows], shape.scale / LOG2E
+        limits = scale, shape.rows, most, lists.get("row_scale")
+        inputs["bounded"] = bounded(q, inputs["k"], inputs["v"], *limits)
     module, groups = (pair, 3) if shape.rows == 2 * ROWS else (single, 1)
     outputs = {"out": ((batch * heads, rows, dim), shape.dtype), "lse": ((batch * heads, rows), jnp.float32)}
     grid = batch * heads, rows // shape.rows

@@ -12,25 +12,26 @@ from jax import Array
 from pallas_kernels.blocks import FLOOR
 from pallas_kernels.mosaic_gpu.shape import over_columns, row_vector
 
-LIMIT = 60.0
-"""Largest size of a score, natural log, that needs no maximum. A row's largest weight is at least exp(-60), so that
-what float32 loses is below exp(-27) of it; the sum of 2^20 weights of exp(60) times values of 1e6 is below 2e38."""
+LIMIT, LARGEST_VALUE, MOST_KEYS = 60.0, 1e6, 1 << 20
+"""Scores up to LIMIT in size, natural log, need no maximum: a row's largest weight is at least exp(-60), so that what
+float32 loses is below exp(-27) of it, and the sum of all weights times values is below 2e38."""
 PART = 8
 """Columns of the partial sums: those that each thread holds two of."""
 
 
 def bounded(
-    q: Array, k: Array, scale: float, rows: int, bias: float | Array = 0.0, row_scale: Array | None = None
+    q: Array, k: Array, v: Array, scale: float, rows: int, bias: float | Array = 0.0, row_scale: Array | None = None
 ) -> Array:
-    """int32 [B * H, programs]: whether no score of `rows` query rows can pass LIMIT, by the norms of q and k.
+    """int32 [B * H, programs]: whether `rows` query rows need no maximum, by the norms of q and k and the values.
 
-    q, k: [B * H, N, D]; q, whole programs, is times `row_scale` [B * H, N]. `bias`: what is added to scores at most, in
-    absolute value. NaN and infinities bound nothing.
+    q, k, v: [B * H, N, D]; q, whole programs, is times `row_scale` [B * H, N]. `bias`: what is added to scores at most,
+    in absolute value. NaN and infinities bound nothing.
     """
     norm = lambda x: jnp.sqrt(jnp.square(x.astype(jnp.float32)).sum(-1))
     longest = norm(q) if row_scale is None else norm(q) * row_scale
     longest = longest.reshape(q.shape[0], -1, rows).max(-1)
-    return (longest * norm(k).max(-1, keepdims=True) * scale + bias <= LIMIT).astype(jnp.int32)
+    small = (jnp.abs(v).max((1, 2)) <= LARGEST_VALUE)[:, None] & (k.shape[1] <= MOST_KEYS)
+    return (small & (longest * norm(k).max(-1, keepdims=True) * scale + bias <= LIMIT)).astype(jnp.int32)
 
 
 def partial_sums(p: Array) -> Array:

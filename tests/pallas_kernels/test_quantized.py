@@ -67,6 +67,29 @@ def test_hopper_agrees(case: Case) -> None:
     assert_close(got, expected, 2e-2, 2e-5)
 
 
+def test_hopper_takes_a_shift_of_the_first_rows_of_q() -> None:
+    case = Case("text", rows=256, keys=256, dtype="bfloat16", ragged=True)
+    x = operands(case)
+    expected, lse = attend(case, x, "reference", score_precision="fp8")
+    longer = dataclasses.replace(x, q=jnp.pad(x.q, ((0, 0), (0, 0), (0, 100), (0, 0)), constant_values=1e4))
+    for implementation in ("reference", "mosaic_gpu"):
+        with jax.disable_jit(implementation == "mosaic_gpu"):
+            found = attend(case, longer, implementation, score_precision="fp8", rows=256, shift=jnp.maximum(lse, 0.0))
+        assert_close(found, (expected, lse), 2e-2, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu", "mosaic_tpu"])
+def test_masked_keys_of_tiny_rows(implementation: str) -> None:
+    """Scores of 0 in fp8: the weights are those of the valid keys alone."""
+    case = Case("tiny", rows=64, keys=64, dtype="bfloat16")
+    x = operands(case)
+    lists = {"indices": jnp.zeros((1, 2, 1, 1), jnp.int32), "counts": jnp.ones((1, 2, 1), jnp.int32)}
+    x = dataclasses.replace(x, q=x.q * 1e-34, block_valid=jnp.full((1, 1), 10), **lists)
+    with jax.disable_jit(implementation == "mosaic_gpu"):
+        _, lse = attend(case, x, implementation, score_precision="fp8")
+    np.testing.assert_allclose(lse, np.log(10), rtol=1e-5)
+
+
 def test_hopper_has_no_int8() -> None:
     case = dataclasses.replace(HOPPER[0], dtype="bfloat16")
     with pytest.raises(NotImplementedError, match=r"score_precision='int8' is for TPUs; a Hopper takes 'fp8'"):
