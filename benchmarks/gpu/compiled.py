@@ -72,7 +72,8 @@ _SHARED = """
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_memory_size: 85000000000
 """
 
-KERNELS = ("dense", "block_mass", "block_sparse", "pooled", "block_sparse, fp8 scores")
+FP8 = "block_sparse, fp8 scores"
+KERNELS = ("dense", "block_mass", "block_sparse", "pooled", FP8)
 _TMA = "cp.async.bulk.tensor"
 # implementation -> (architectures, dtypes)
 IMPLEMENTATIONS: dict[Implementation, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -152,7 +153,7 @@ def call(
         means, words = shape((1, 2, 200, head_dim), dtype), shape((1, 2, 8, 7), jnp.uint32)
         pooled = lambda q, k, s, m: module.pooled_attention(PooledCall(q, k, k, s, m, scale, block), **options)
         return pooled, [x, means, shape(means.shape[:3], jnp.float32), words]
-    precision: ScorePrecision = "fp8" if kernel.endswith("fp8 scores") else "input"
+    precision: ScorePrecision = "fp8" if kernel == FP8 else "input"
     given = lambda q, i, c, b: SparseCall(q, q, q, i, c, scale, *blocks, b, score_precision=precision)
     sparse = lambda *arrays: module.block_sparse_attention(given(*arrays), **options)
     return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
@@ -254,7 +255,7 @@ _COMPILE = {"triton": _pallas_triton, "mosaic_gpu": _mosaic, "jax_triton": _jax_
 def served(arch: str) -> list[tuple[Implementation, str]]:
     """(implementation, kernel) of what there is for an architecture."""
     every = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
-    return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or not kernel.endswith("fp8 scores")]
+    return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or kernel != FP8]
 
 
 def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:

@@ -140,7 +140,7 @@ class Consumer:
         acc, state = loop(0, self.tiles.length, step, start)
         return acc, *softmax.end(state)
 
-    def attend(self) -> tuple[Array, Array, Array]:
+    def _attended(self) -> tuple[Array, Array, Array]:
         """(values times weights [64, D], sum of the weights [64], maximum [64]), by the softmax its scores allow."""
         scale: Any = self.shape.scale
         if "row_scale" in self.refs:
@@ -151,16 +151,19 @@ class Consumer:
         nothing = lambda: (self._zeros(self.shape.head_dim), row_vector(self.gpu, 0.0), row_vector(self.gpu, FLOOR))
 
         def some() -> Any:
-            least = lambda: running(Softmax(self.gpu, scale, False))
+            unbounded = lambda: running(Softmax(self.gpu, scale, False))
             known = self.refs.get("bounded")
-            return least() if known is None else lax.cond(known[self.program] != 0, bounded, least)
+            return unbounded() if known is None else lax.cond(known[self.program] != 0, bounded, unbounded)
 
         return lax.cond(self.tiles.length > 0, some, nothing) if self.shape.sparse else some()
 
-
-def finish(gpu: Any, acc: Array, total: Array, m: Array, out: Any, lse: Any, dtype: Any) -> None:
-    """Writes out and LSE of one warpgroup to shared memory."""
-    safe = jnp.where(total > 0, total, 1.0)
-    out[...] = (acc / over_columns(safe, acc.shape[1])).astype(dtype)
-    lse[...] = jnp.where(total > 0, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
-    gpu.commit_smem()
+    def run(self, out: Any, lse: Any) -> None:
+        """Attends, and stores out and LSE by way of shared memory `out` [64, D] and `lse` [64]."""
+        gpu, (acc, total, m) = self.gpu, self._attended()
+        safe = jnp.where(total > 0, total, 1.0)
+        out[...] = (acc / over_columns(safe, acc.shape[1])).astype(self.shape.dtype)
+        lse[...] = jnp.where(total > 0, m * (1 / LOG2E) + jnp.log(safe), -jnp.inf)
+        gpu.commit_smem()
+        for name, smem in (("out", out), ("lse", lse)):
+            gpu.copy_smem_to_gmem(smem, self.refs[name].at[self.program[0], pl.ds(self.first, ROWS)])
+        gpu.wait_smem_to_gmem(0)

@@ -8,7 +8,7 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory, own_out
+from pallas_kernels.mosaic_gpu.consumer import Consumer, hold_memory, own_out
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, loop, slot_of, tile_memory
 
 
@@ -23,9 +23,8 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
     def _consume() -> None:
         gpu.set_max_registers(232, action="increase")
         first = row * shape.rows + group * ROWS
-        mine = pl.ds(first, ROWS)
-        q, out, lse = q_smem.at[group], (apart or [q_smem])[0].at[group], lse_smem.at[group]
-        gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready.at[group])
+        q = q_smem.at[group]
+        gpu.copy_gmem_to_smem(refs["q"].at[head, pl.ds(first, ROWS)], q, q_ready.at[group])
         gpu.barrier_wait(q_ready.at[group])
 
         free = lambda barrier, j: gpu.barrier_arrive(barrier.at[slot_of(j, shape.stages)])
@@ -46,33 +45,28 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
             k_done=lambda j, _: free(k_free, j),
             v_done=lambda j, _: free(v_free, j),
         )
-        finish(gpu, *consumer.attend(), out, lse, shape.dtype)
-        gpu.copy_smem_to_gmem(out, refs["out"].at[head, mine])
-        gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
-        gpu.wait_smem_to_gmem(0)
+        consumer.run((apart or [q_smem])[0].at[group], lse_smem.at[group])
 
     @pl.when(group == 2)
     def _produce() -> None:
         gpu.set_max_registers(40, action="decrease")
 
-        def load(ref: Any, smem: Any, ready: Any, slot: Any, entry: Array) -> None:
-            keys = pl.ds(tiles.start(entry), shape.tile)
-            gpu.copy_gmem_to_smem(ref.at[head, keys], smem.at[slot], ready.at[slot])
+        keys, values = (refs["k"], k_smem, k_ready), (refs["v"], v_smem, v_ready)
 
         for i in range(shape.stages):
 
             @pl.when(i < steps)
             def _fill(i: int = i) -> None:
                 entry = tiles[np.int32(i)]
-                load(refs["k"], k_smem, k_ready, i, entry)
-                load(refs["v"], v_smem, v_ready, i, entry)
+                tiles.load(keys, i, entry)
+                tiles.load(values, i, entry)
 
         def step(j: Array, entry: Array) -> Array:
             slot, following = slot_of(j, shape.stages), tiles[j + 1]
             gpu.barrier_wait(k_free.at[slot])
-            load(refs["k"], k_smem, k_ready, slot, entry)
+            tiles.load(keys, slot, entry)
             gpu.barrier_wait(v_free.at[slot])
-            load(refs["v"], v_smem, v_ready, slot, entry)
+            tiles.load(values, slot, entry)
             return following
 
         loop(shape.stages, steps, step, tiles[np.int32(shape.stages)])

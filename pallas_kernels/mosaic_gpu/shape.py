@@ -27,6 +27,9 @@ class Shape:
     """Of one batch row; programs are numbered over batch and heads."""
     head_dim: int
     dtype: Any
+    """Of v and out."""
+    score_dtype: Any
+    """Of q and k."""
     rows: int
     """Of a program: 128 (two consumer warpgroups) or 64."""
     tile: int
@@ -42,8 +45,6 @@ class Shape:
     """Programs that share one list."""
     bias_rows: int = 0
     """Query rows that share a row of the bias [B * H, query blocks, Nk]; 0: it is [B, Nk], for partial tiles alone."""
-    score_dtype: Any = None
-    """Of q and k; None: as v and out."""
     sparse: bool = False
     """Lists are of a query block, counts vary; else one list a batch row serves all, and every tile is on it."""
 
@@ -92,6 +93,12 @@ class TileList:
     def start(self, entry: Array) -> Array:
         """First key to load."""
         return jnp.minimum(lax.shift_right_logical(entry, np.int32(1)), self.shape.tiles - 1) * self.shape.tile
+
+    def load(self, which: tuple[Any, Any, Any], slot: Any, entry: Array) -> None:
+        """Starts to load a tile of keys or values: `which` are they, their buffers in shared memory and the barriers."""
+        ref, smem, ready = which
+        keys = pl.ds(self.start(entry), self.shape.tile)
+        self.gpu.copy_gmem_to_smem(ref.at[self.head, keys], smem.at[slot], ready.at[slot])
 
     def _bias(self, bias: Any, row: tuple[Any, ...], entry: Array, part: int = 0, parts: int = 1) -> Array:
         size = self.shape.tile // parts

@@ -8,37 +8,30 @@ from jax import Array
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.mosaic_gpu.consumer import Consumer, finish, hold_memory, own_out
+from pallas_kernels.mosaic_gpu.consumer import Consumer, hold_memory, own_out
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, TileList, slot_of, tile_memory
 
 
 def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]) -> None:
     """64 query rows: one warpgroup that loads ahead for itself; another program fills its gaps."""
     q, k_smem, v_smem, lse, hold, q_ready, k_ready, v_ready, *apart = memory
-    out = (apart or [q])[0]
     head, row = gpu.axis_index("head"), gpu.axis_index("row")
     tiles = TileList(gpu, shape, refs.get("entries"), refs.get("counts"), head, row)
     steps = tiles.length
     loads = (refs["k"], k_smem, k_ready), (refs["v"], v_smem, v_ready)
-    mine = pl.ds(row * ROWS, ROWS)
-
-    def load(which: tuple[Any, Any, Any], slot: Any, entry: Array) -> None:
-        ref, smem, ready = which
-        gpu.copy_gmem_to_smem(ref.at[head, pl.ds(tiles.start(entry), shape.tile)], smem.at[slot], ready.at[slot])
-
-    gpu.copy_gmem_to_smem(refs["q"].at[head, mine], q, q_ready)
+    gpu.copy_gmem_to_smem(refs["q"].at[head, pl.ds(row * ROWS, ROWS)], q, q_ready)
     for which in loads:
         for i in range(which[1].shape[0]):
 
             @pl.when(i < steps)
             def _fill(which: Any = which, i: int = i) -> None:
-                load(which, i, tiles[np.int32(i)])
+                tiles.load(which, i, tiles[np.int32(i)])
 
     gpu.barrier_wait(q_ready)
 
     def done(which: int, j: Array, entries: tuple[Array, Array]) -> None:
         stages = loads[which][1].shape[0]
-        pl.when(j + stages < steps)(lambda: load(loads[which], slot_of(j, stages), entries[which]))
+        pl.when(j + stages < steps)(lambda: tiles.load(loads[which], slot_of(j, stages), entries[which]))
 
     consumer = Consumer(
         gpu,
@@ -58,10 +51,7 @@ def kernel(gpu: Any, shape: Shape, refs: dict[str, Any], memory: tuple[Any, ...]
         k_done=lambda j, entries: done(0, j, entries),
         v_done=lambda j, entries: done(1, j, entries),
     )
-    finish(gpu, *consumer.attend(), out, lse, shape.dtype)
-    gpu.copy_smem_to_gmem(out, refs["out"].at[head, mine])
-    gpu.copy_smem_to_gmem(lse, refs["lse"].at[head, mine])
-    gpu.wait_smem_to_gmem(0)
+    consumer.run((apart or [q])[0], lse)
 
 
 def memory(shape: Shape) -> list[Any]:
