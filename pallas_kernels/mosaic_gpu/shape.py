@@ -95,7 +95,7 @@ class TileList:
         return jnp.minimum(lax.shift_right_logical(entry, np.int32(1)), self.shape.tiles - 1) * self.shape.tile
 
     def load(self, which: tuple[Any, Any, Any], slot: Any, entry: Array) -> None:
-        """Starts to load a tile of keys or values: `which` are they, their buffers in shared memory and the barriers."""
+        """Starts to load a tile; `which`: keys or values, their buffers in shared memory, the barriers of those."""
         ref, smem, ready = which
         keys = pl.ds(self.start(entry), self.shape.tile)
         self.gpu.copy_gmem_to_smem(ref.at[self.head, keys], smem.at[slot], ready.at[slot])
