@@ -19,10 +19,10 @@ Compensation = Literal["none", "pooled"]
 _LEAST_POOLED_BLOCK = 16
 """Tokens: below, the stand-ins would cost what they save."""
 
-PRESETS = {
+PRESETS: dict[str, dict[str, Any]] = {
     "quality": {"sparsity": 0.7},
-    "balanced": {"sparsity": 0.875},
-    "fast": {"sparsity": 0.922},
+    "balanced": {"sparsity": 0.875, "score_precision": "auto"},
+    "fast": {"sparsity": 0.922, "score_precision": "auto"},
 }
 """Points of the front of `benchmarks.quality`, by what `benchmarks.gpu.sampler` says of their speed."""
 
@@ -84,8 +84,8 @@ class SparseConfig:
     compensation: Compensation = "pooled"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
     score_precision: ScorePrecision = "input"
-    """What the scores of kept blocks are multiplied in: the dtype of q and k, "int8" on a TPU, or "fp8" there and on a
-    Hopper GPU."""
+    """What the scores of kept blocks are multiplied in: the dtype of q and k, "int8" on a TPU, "fp8" there and on a
+    Hopper GPU, or "auto", which is the 8 bits that the device multiplies faster, if it does."""
     query_block_size: int | None = None
     """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 
@@ -167,7 +167,7 @@ class SparseConfig:
         """The preset `name` ("quality", "balanced", "fast") with `changes` on top."""
         if name not in PRESETS:
             raise ValueError(f"preset {name!r} is unknown; choose one of {', '.join(PRESETS)}")
-        return cls(**(PRESETS[name] | changes))  # type: ignore[arg-type]
+        return cls(**(PRESETS[name] | changes))
 
     @property
     def search(self) -> tuple[int, ...]:

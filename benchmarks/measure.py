@@ -28,6 +28,7 @@ from pallas_kernels import (
     merge_attention,
     pack_bits,
     pooled_attention,
+    resolve_score_precision,
 )
 
 HEADS, HEAD_DIM = 24, 128
@@ -148,6 +149,23 @@ def ours(
             ratio = {"over_plain": stood["ms"] / found["ms"]}
             yield head | {"kernel": "compensated"} | case | stood | ratio
     yield from other_lists(tokens, sets, implementation)
+
+
+def in_8_bits(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:
+    """Attention with scores in the device's 8 bits, quantisation included: dense, and block-sparse at density 0.2."""
+    work = 4e-12 * HEADS * tokens**2 * HEAD_DIM
+    precision = resolve_score_precision("auto", implementation)
+    how: dict[str, Any] = {"score_precision": precision, "implementation": implementation, "return_lse": True}
+    case: dict[str, Any] = {"tokens": tokens, "implementation": implementation}
+    dense = lambda q, k, v: flash_attention(q, k, v, **how)
+    yield case | {"kernel": f"dense, {precision} scores"} | figures(dense, sets, work)
+    for block_q, block in ((128, 128), (128, 64), (64, 64)):
+        indices, counts = random_lists(tokens, block, 0.2, block_q)
+        sparse = lambda *x, how=how | {"block_q": block_q, "block_k": block}: block_sparse_attention(*x, **how)
+        name = block if block_q == block else f"{block_q} x {block}"
+        case |= {"kernel": f"block_sparse, {precision} scores", "block": name, "density": 0.2}
+        kept = indices.shape[3] / math.ceil(tokens / block)
+        yield case | figures(sparse, [(*s, indices, counts) for s in sets], work * kept)
 
 
 def other_lists(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:

@@ -141,7 +141,10 @@ def main(
     ] = None,
     score_precision: Annotated[
         str | None,
-        typer.Option(help="of kept blocks' scores: input, int8 (TPU v5, v6) or fp8 (TPU v7x, Hopper); default: input"),
+        typer.Option(
+            help="of kept blocks' scores: input, int8 (TPU v5, v6), fp8 (TPU v7x, Hopper), or auto: 8 bits where the "
+            "device multiplies them faster; default: the preset's"
+        ),
     ] = None,
     guidance: Annotated[
         float | None, typer.Option(help="guidance scale, off at 1 and below; default: the model's")

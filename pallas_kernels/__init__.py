@@ -9,7 +9,7 @@ from pallas_kernels.api import (
 )
 from pallas_kernels.blocks import ascending, lookup, pack_bits, partial_first, unpack_bits
 from pallas_kernels.calls import ScorePrecision
-from pallas_kernels.dispatch import Implementation, resolve_implementation
+from pallas_kernels.dispatch import Implementation, resolve_implementation, resolve_score_precision
 
 __all__ = [
     "Implementation",
@@ -24,5 +24,6 @@ __all__ = [
     "partial_first",
     "pooled_attention",
     "resolve_implementation",
+    "resolve_score_precision",
     "unpack_bits",
 ]

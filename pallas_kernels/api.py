@@ -16,7 +16,7 @@ from jax import Array
 
 from pallas_kernels.blocks import block_count
 from pallas_kernels.calls import TAKES_MORE_ROWS, DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
-from pallas_kernels.dispatch import Implementation, choose
+from pallas_kernels.dispatch import Implementation, choose, choose_precision
 from pallas_kernels.whole import check_whole
 
 _Call = TypeVar("_Call", DenseCall, MassCall, PooledCall, SparseCall)
@@ -53,8 +53,16 @@ def _check_shift(shift: Array | None, q: Array, rows: int) -> None:
         raise ValueError(f"shift must be float32 [B, H, Nq] = {list(shape)}; got {shift.dtype}{list(shift.shape)}")
 
 
+def _check_precision(score_precision: str) -> None:
+    if score_precision not in get_args(ScorePrecision):
+        raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
+
+
 def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleType, _Call]:
     """The implementation that runs a call, and the call, refused where XLA would gather the operands of a kernel."""
+    if call.request.score_precision == "auto":
+        native: Any = {"score_precision": choose_precision(implementation, call.request)}
+        call = dataclasses.replace(call, **native)
     name, module = choose(implementation, call.request)
     if name not in ("xla", "reference") and not call.interpret:
         call = dataclasses.replace(call, q=check_whole(call.q, f"{call.request.kernel} of {name}"))
@@ -88,6 +96,7 @@ def flash_attention(
     block_valid: Array | None = None,
     scale: float | None = None,
     shift: Array | None = None,
+    score_precision: ScorePrecision = "input",
     return_lse: bool = False,
     implementation: Implementation | None = None,
     interpret: bool = False,
@@ -103,6 +112,7 @@ def flash_attention(
       scale: factor on q·k; None: D**-0.5.
       shift: float32 [B, H, Nq], a number near each row's largest scaled score, such as its LSE of an earlier step. A
         hint: kernels that have a use for it are faster, and the result is right however far off it is, NaN too.
+      score_precision: as in `block_sparse_attention`; a TPU has "input" alone.
       return_lse: also return the log-sum-exp of each row's scaled scores.
       implementation: see `pallas_kernels.resolve_implementation`.
       interpret: run a Pallas kernel in interpret mode; "xla" and "reference" need none and ignore it.
@@ -125,8 +135,9 @@ def flash_attention(
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
     _check_shift(shift, q, q.shape[2])
+    _check_precision(score_precision)
     q, scale = _positive(q, scale)
-    call = DenseCall(q, k, v, scale, block_k, block_valid, interpret, shift)
+    call = DenseCall(q, k, v, scale, block_k, block_valid, interpret, shift, score_precision)
     module, call = _served(implementation, call)
     with jax.named_scope("flash_attention"):
         out, lse = module.flash_attention(call)
@@ -220,7 +231,8 @@ def block_sparse_attention(
       scale: factor on q·k; None: D**-0.5.
       shift: as in `flash_attention`.
       score_precision: "input", or in 8 bits "int8" or "fp8" (e4m3): a scale a row of q and one a head of k, which is
-        taken less its mean. int8 is faster on TPU v5 and v6, fp8 on v7x.
+        taken less its mean. int8 is faster on TPU v5 and v6, fp8 on v7x and Hopper GPUs. "auto": whichever the device
+        multiplies faster than a 16-bit dtype, or "input".
       rows: only the first `rows` rows of q attend, and are Nq in all of the above; None: all. Saves Hopper a copy of
         them where they are part of a longer array.
       return_lse: also return the log-sum-exp over the selected keys.
@@ -245,8 +257,7 @@ def block_sparse_attention(
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
     _check_shift(shift, q, _rows(q, rows))
-    if score_precision not in get_args(ScorePrecision):
-        raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
+    _check_precision(score_precision)
     q, scale = _positive(q, scale)
     sizes = scale, block_q, block_k
     call = SparseCall(q, k, v, indices, counts, *sizes, block_valid, interpret, shift, score_precision, rows)

@@ -8,8 +8,9 @@ from jax import Array
 
 from pallas_kernels.blocks import MASKED, block_count, expand_valid, unpack_bits
 
-ScorePrecision = Literal["input", "int8", "fp8"]
-"""What scores are multiplied in: the dtype of q and k, int8 or float8_e4m3fn, see `quantized`."""
+ScorePrecision = Literal["input", "int8", "fp8", "auto"]
+"""What scores are multiplied in: the dtype of q and k, int8 or float8_e4m3fn, see `quantized`. "auto": see `dispatch`;
+no implementation is asked for it."""
 Kernel = Literal["flash_attention", "block_mass", "block_sparse_attention", "pooled_attention"]
 
 
@@ -45,11 +46,13 @@ class DenseCall:
     interpret: bool = False
     shift: Array | None = None
     """float32 [B, H, Nq], near each row's largest score, natural log; a hint that changes speed alone."""
+    score_precision: ScorePrecision = "input"
 
     @property
     def request(self) -> Request:
         """What decides who can serve it."""
-        return Request("flash_attention", self.q.dtype, self.q.shape[3], interpret=self.interpret)
+        how: dict[str, Any] = {"interpret": self.interpret, "score_precision": self.score_precision}
+        return Request("flash_attention", self.q.dtype, self.q.shape[3], **how)
 
 
 TAKES_MORE_ROWS = ("mosaic_gpu",)

@@ -1,5 +1,6 @@
 """Which implementation serves a call."""
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -9,7 +10,7 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.calls import Request
+from pallas_kernels.calls import Request, ScorePrecision
 
 Implementation = Literal["reference", "xla", "mosaic_tpu", "triton", "mosaic_gpu", "jax_triton"]
 _BEST: dict[str, tuple[Implementation, ...]] = {
@@ -32,6 +33,10 @@ def backend(name: Implementation) -> ModuleType:
             f"implementation={name!r} needs a package that is not installed ({error}); "
             "pip install 'adaspa_jax[gpu]' and, for jax_triton, jax-triton"
         ) from error
+
+
+_WITH_8_BITS = ("mosaic_gpu", "mosaic_tpu")
+"""Implementations that multiply 8 bits faster; their modules have `fastest_scores()`."""
 
 
 @functools.cache
@@ -78,6 +83,19 @@ def choose(implementation: Implementation | None, request: Request) -> tuple[Imp
     raise AssertionError("xla serves every call")
 
 
+def choose_precision(implementation: Implementation | None, request: Request) -> ScorePrecision:
+    """The score precision of a request; "auto" is the 8 bits that the device multiplies faster than the dtype, if any.
+
+    Raises as `choose` does.
+    """
+    if request.score_precision != "auto":
+        return request.score_precision
+    name, module = choose(implementation, dataclasses.replace(request, score_precision="input"))
+    fastest: ScorePrecision = module.fastest_scores() if name in _WITH_8_BITS else "input"
+    served = module.unsupported(dataclasses.replace(request, score_precision=fastest)) is None
+    return fastest if served and jnp.dtype(request.dtype).itemsize == 2 else "input"
+
+
 def resolve_implementation(
     implementation: Implementation | None = None,
     *,
@@ -90,5 +108,25 @@ def resolve_implementation(
 
     Raises ValueError for an unknown name and NotImplementedError for one that cannot serve.
     """
-    request = Request("block_sparse_attention", jnp.dtype(dtype), head_dim, query_block_size or block_size, block_size)
-    return choose(implementation, request)[0]
+    return choose(implementation, _sparse(dtype, head_dim, block_size, query_block_size))[0]
+
+
+def resolve_score_precision(
+    score_precision: ScorePrecision,
+    implementation: Implementation | None = None,
+    *,
+    dtype: Any = jnp.bfloat16,
+    head_dim: int = 128,
+    block_size: int = 64,
+    query_block_size: int | None = None,
+) -> ScorePrecision:
+    """What "auto" is in block-sparse attention of these shapes on the default platform; others are as they are.
+
+    Raises as `resolve_implementation` does.
+    """
+    request = _sparse(dtype, head_dim, block_size, query_block_size)
+    return choose_precision(implementation, dataclasses.replace(request, score_precision=score_precision))
+
+
+def _sparse(dtype: Any, head_dim: int, block: int, query_block: int | None) -> Request:
+    return Request("block_sparse_attention", jnp.dtype(dtype), head_dim, query_block or block, block)

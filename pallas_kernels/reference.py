@@ -34,6 +34,8 @@ def masked_attention(s: Array, keep: Array, v: Array, dtype: jnp.dtype) -> tuple
 
 def flash_attention(call: DenseCall) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
+    if call.score_precision != "input":
+        return emulated(call, flash_attention)
     q, k = call.q, call.k
     columns = expand_valid(call.block_valid, k.shape[0], call.block_k, k.shape[2])  # [B, Nk]
     return masked_attention(scores(q, k, call.scale), columns[:, None, None], call.v, q.dtype)

@@ -20,7 +20,7 @@ Kernel = Callable[..., tuple[Array, Array]]
 def unsupported(request: Request) -> str | None:
     """Why the call cannot run here, or None."""
     if request.score_precision != "input":
-        return f"score_precision={request.score_precision!r} is for TPUs and, fp8, Hopper GPUs"
+        return f"score_precision={request.score_precision!r} is for TPUs and Hopper GPUs"
     if request.head_dim < 16 or request.head_dim > 128 or request.head_dim & (request.head_dim - 1):
         return f"head_dim={request.head_dim} must be a power of two from 16 to 128"
     if any(block is not None and block < 16 for block in (request.block_q, request.block_k)):

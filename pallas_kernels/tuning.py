@@ -69,6 +69,8 @@ def mosaic_gpu_tuning(kernel: Kernel, head_dim: int, block_q: int = 128, block_k
     tile = min(block_k, 128)
     if kernel == "block_sparse" and tile == 64:
         return MosaicGpuTuning(tile_k=64, stages=3)
+    if kernel == "block_mass" and head_dim == 128:
+        return MosaicGpuTuning(tile_k=tile, stages=3 if tile == 128 else 4, groups=3)
     return MosaicGpuTuning(tile_k=tile, stages=2 if tile * head_dim == 128 * 128 else 4)
 
 

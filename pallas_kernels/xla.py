@@ -77,6 +77,8 @@ def _scaled(q: Array, scale: float) -> Array:
 
 def flash_attention(call: DenseCall, tuning: XlaTuning = XLA) -> tuple[Array, Array]:
     """Dense attention, tile by tile; see `pallas_kernels.flash_attention`."""
+    if call.score_precision != "input":
+        return emulated(call, lambda plain: flash_attention(plain, tuning))
     (batch, heads, rows, dim), keys = call.q.shape, call.k.shape[2]
     tile_q, tile_k = _even_tile(rows, tuning.dense_q), _even_tile(keys, tuning.dense_k)
     q, k, v = (

@@ -32,6 +32,7 @@ from benchmarks.measure import (
     device,
     figures,
     gain_rows,
+    in_8_bits,
     inputs,
     ours,
     selection,
@@ -100,6 +101,8 @@ def measure(sizes: list[int], implementations: list[str], densities: list[float]
         yield from peers(tokens, sets)
         for implementation in implementations:
             yield from ours(tokens, sets, implementation, densities)
+            if implementation == "mosaic_gpu":
+                yield from in_8_bits(tokens, sets, implementation)
         yield from selection(tokens)
 
 

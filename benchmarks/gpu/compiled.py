@@ -37,7 +37,7 @@ from benchmarks.gpu.stale import stale_copies
 from benchmarks.gpu.toolkit import cuda_root, disassembled, use_toolkit
 from benchmarks.table import show, write_json
 from models.commands.cli import run_cli
-from pallas_kernels.calls import DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
+from pallas_kernels.calls import DenseCall, MassCall, PooledCall, SparseCall
 from pallas_kernels.dispatch import Implementation, backend
 
 TARGETS: dict[str, dict[str, Any]] = {
@@ -72,8 +72,9 @@ _SHARED = """
   registers_per_core_limit: 65536 registers_per_block_limit: 65536 device_memory_size: 85000000000
 """
 
-FP8 = "block_sparse, fp8 scores"
-KERNELS = ("dense", "block_mass", "block_sparse", "pooled", FP8)
+IN_8_BITS = {f"{kernel}, {name} scores": name for kernel in ("block_sparse", "dense") for name in ("int8", "fp8")}
+"""Those of Hopper GPUs alone."""
+KERNELS = ("dense", "block_mass", "block_sparse", "pooled", *IN_8_BITS)
 _TMA = "cp.async.bulk.tensor"
 # implementation -> (architectures, dtypes)
 IMPLEMENTATIONS: dict[Implementation, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -144,8 +145,9 @@ def call(
     x = shape((1, 2, tokens, head_dim), dtype)
     valid, counts = shape((1, 8), jnp.int32), shape((1, 2, 8), jnp.int32)
     scale, blocks = head_dim**-0.5, (block, block)
-    if kernel == "dense":
-        return lambda q, b: module.flash_attention(DenseCall(q, q, q, scale, block, b), **options), [x, valid]
+    how: dict[str, Any] = {"score_precision": IN_8_BITS.get(kernel, "input")}
+    if kernel.startswith("dense"):
+        return lambda q, b: module.flash_attention(DenseCall(q, q, q, scale, block, b, **how), **options), [x, valid]
     if kernel == "block_mass":
         mass = lambda q, s, b: module.block_mass(MassCall(q, q, s, scale, *blocks, b, b), **options)
         return mass, [x, shape(x.shape[:3], jnp.float32), valid]
@@ -153,8 +155,7 @@ def call(
         means, words = shape((1, 2, 200, head_dim), dtype), shape((1, 2, 8, 7), jnp.uint32)
         pooled = lambda q, k, s, m: module.pooled_attention(PooledCall(q, k, k, s, m, scale, block), **options)
         return pooled, [x, means, shape(means.shape[:3], jnp.float32), words]
-    precision: ScorePrecision = "fp8" if kernel == FP8 else "input"
-    given = lambda q, i, c, b: SparseCall(q, q, q, i, c, scale, *blocks, b, score_precision=precision)
+    given = lambda q, i, c, b: SparseCall(q, q, q, i, c, scale, *blocks, b, **how)
     sparse = lambda *arrays: module.block_sparse_attention(given(*arrays), **options)
     return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
 
@@ -255,7 +256,7 @@ _COMPILE = {"triton": _pallas_triton, "mosaic_gpu": _mosaic, "jax_triton": _jax_
 def served(arch: str) -> list[tuple[Implementation, str]]:
     """(implementation, kernel) of what there is for an architecture."""
     every = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
-    return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or kernel != FP8]
+    return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or kernel not in IN_8_BITS]
 
 
 def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:
@@ -267,7 +268,7 @@ def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:
         for dtype in dtypes[:1] if few else dtypes:
             for head_dim in (128,) if few else (64, 128):
                 # A dense kernel's tiles do not depend on the block.
-                for block in (64, 128) if kernel != "dense" else (64,):
+                for block in (64, 128) if not kernel.startswith("dense") else (64,):
                     options = {"compute_capability": int(float(arch) * 10)} if implementation == "jax_triton" else {}
                     case: dict[str, Any] = {"block": block, "head_dim": head_dim, "dtype": dtype}
                     found = _COMPILE[implementation](*call(implementation, kernel, **(case | options)), arch)

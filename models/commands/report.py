@@ -43,7 +43,7 @@ def fields_of(prompts: list[str], seed: int, config: SparseConfig, runs: dict[st
             "density": float(np.mean([d.density for d in sparse.reports])),
             "recall": float(np.mean([d.recall for d in sparse.reports])),
             "compensation": config.compensation,
-            "score_precision": config.score_precision,
+            "score_precision": sparse.score_precision,
             "stand_ins": float(np.mean([d.stand_ins for d in sparse.reports])),
             "tokens": {"video": sparse.layout.video_tokens, "text": sparse.layout.text, "block": sparse.layout.block},
             "details": dataclasses.asdict(sparse.reports[0]),

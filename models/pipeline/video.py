@@ -30,7 +30,7 @@ from models.schedulers.seeds import check_seed
 from models.transformers.base import VideoTransformer
 from models.transformers.cogvideox import CogVideoXTransformer
 from models.transformers.wan import WanTransformer
-from pallas_kernels import Implementation, resolve_implementation
+from pallas_kernels import Implementation, ScorePrecision, resolve_implementation, resolve_score_precision
 
 
 @dataclass(frozen=True)
@@ -50,6 +50,8 @@ class LatentSample:
     compile_seconds: float
     implementation: Implementation
     """The kernels that attention ran on."""
+    score_precision: ScorePrecision
+    """What the scores of kept blocks were multiplied in."""
 
 
 @dataclass(frozen=True)
@@ -233,6 +235,13 @@ class VideoPipeline:
         if program is None:
             program = self.compile(plan, config, dense=dense, keep_mass=keep_mass, implementation=implementation)
             compile_seconds = program.seconds
+        how: dict[str, Any] = {
+            "implementation": implementation,
+            "dtype": model.dtype,
+            "head_dim": model.config.attention_head_dim,
+            "block_size": config.block_size,
+            "query_block_size": config.query_block,
+        }
         begun = time.perf_counter()
         latents, states, histories = program.run(self.experts, plan, start, seed, progress)
         seconds = time.perf_counter() - begun
@@ -251,13 +260,8 @@ class VideoPipeline:
             reports,
             seconds,
             compile_seconds,
-            resolve_implementation(
-                implementation,
-                dtype=model.dtype,
-                head_dim=model.config.attention_head_dim,
-                block_size=config.block_size,
-                query_block_size=config.query_block,
-            ),
+            resolve_implementation(**how),
+            resolve_score_precision(config.score_precision, **how),
         )
 
     def compile(

@@ -55,13 +55,26 @@ def _whole(q: Array, rows: int | None, multiple: int) -> tuple[Array, int, int]:
 
 def flash_attention(call: DenseCall, tuning: MosaicGpuTuning | None = None) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
+    if call.score_precision == "input":
+        return _dense(call, tuning)
+    return in_8_bits(call, lambda call, row_scale: _dense(call, tuning, row_scale))
+
+
+def _row_scale(row_scale: Array | None, multiple: int, rows: int) -> dict[str, Array]:
+    """What the kernel takes of the scales of q's rows, if there are any."""
+    return {} if row_scale is None else {"row_scale": merge_heads(pad_tokens(row_scale, multiple))[:, :rows]}
+
+
+def _dense(call: DenseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None = None) -> tuple[Array, Array]:
+    """Of q and k as they are, or in 8 bits with `row_scale`."""
     (batch, _, rows, dim), keys = call.q.shape, call.k.shape[2]
     tuning = tuning or mosaic_gpu_tuning("dense", dim)
     tile = tuning.tile_k
     q, tiles = pad_tokens(call.q, 2 * ROWS), block_count(keys, tile)
     lists = every_tile(call.block_valid, batch, call.block_k, keys, tiles * tile, tile)
-    options = {"rows": 2 * ROWS, "stages": tuning.stages, "masked": "bias" in lists}
+    options = {"dtype": call.v.dtype, "rows": 2 * ROWS, "stages": tuning.stages, "masked": "bias" in lists}
     shape = Shape.of(q, tile, tiles, call.scale, **options)
+    lists |= _row_scale(row_scale, 2 * ROWS, q.shape[2])
     out, lse = _attention((q, *_keys(call.k, call.v)), shape, lists, call.interpret, q.shape[2])
     return out[:, :, :rows], lse[:, :, :rows]
 
@@ -100,8 +113,7 @@ def _over_lists(
     }
     shape = Shape.of(q, tile, tiles, call.scale, **options)
     lists = {"entries": merge_heads(entries), "counts": merge_heads(counts), "bias": bias}
-    if row_scale is not None:
-        lists["row_scale"] = merge_heads(pad_tokens(row_scale, block_q))[:, :padded]
+    lists |= _row_scale(row_scale, block_q, padded)
     out, lse = _attention((q, *_keys(call.k, call.v)), shape, lists, call.interpret, padded)
     return out[:, :, :rows], lse[:, :, :rows]
 

@@ -65,12 +65,17 @@ class Consumer:
     def _zeros(self, columns: int) -> Array:
         return self.gpu.layout_cast(jnp.full((ROWS, columns), 0, jnp.float32), plgpu.Layout.WGMMA)
 
+    def _score_memory(self, keys: int) -> Any:
+        """Registers that a product of q and keys is summed in."""
+        whole = jnp.issubdtype(self.shape.score_dtype, jnp.integer)
+        return plgpu.ACC((ROWS, keys), jnp.int32 if whole else jnp.float32)
+
     def _scores(self, keys: Any) -> Array:
         def scores(s_ref: Any) -> Array:
             self.gpu.wgmma(s_ref, self.q, keys.T)
             return s_ref[...]
 
-        return self.gpu.run_scoped(scores, plgpu.ACC((ROWS, keys.shape[0]), jnp.float32))
+        return self.gpu.run_scoped(scores, self._score_memory(keys.shape[0])).astype(jnp.float32)
 
     def _values(self, acc: Array, narrow: Array, values: Any) -> Array:
         return self.gpu.accumulate(lambda ref: self.gpu.wgmma(ref, narrow, values), acc)[0]
@@ -88,7 +93,7 @@ class Consumer:
                 gpu.wgmma(acc_ref, narrow, self.v.at[before])
                 return gpu.peek(s_ref, 1)
 
-            s = gpu.run_scoped(issue, plgpu.ACC((ROWS, self.shape.tile), jnp.float32))
+            s = gpu.run_scoped(issue, self._score_memory(self.shape.tile)).astype(jnp.float32)
             self.k_done(j, begun)
             p_ref[...], found = softmax.step(self._biased(s, entry), state)
             for ref, x in zip(state_refs, found, strict=True):

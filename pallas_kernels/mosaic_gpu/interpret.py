@@ -42,6 +42,11 @@ def _resolve(index: Any, shape: tuple[int, ...]) -> tuple[Any, ...]:
     return (*found, ...)
 
 
+def _spoiled(dtype: Any) -> Any:
+    """NaN, or of integers the one that no quantised number is."""
+    return np.iinfo(dtype).min if np.issubdtype(dtype, np.integer) else np.nan
+
+
 class _Indexer:
     def __init__(self, at: Callable[[Any], Any]):
         self._at = at
@@ -136,7 +141,7 @@ class _Accumulator:
         while len(self.flight) > pending:
             of, a, b = self.flight.pop(0)
             left = a.array if isinstance(a, _Ref) else np.asarray(a)
-            of.value += jnp.asarray(left.astype(np.float32) @ b.array.astype(np.float32))
+            of.value += jnp.asarray(left.astype(np.float32) @ b.array.astype(np.float32)).astype(of.value.dtype)
         if any(of is self for of, _, _ in self.flight):
             raise KernelError("an accumulator is read while a product into it is in flight")
         return self.value
@@ -203,7 +208,7 @@ class _Program:
     def _allocate(self, kind: Any, groups: int) -> Any:
         if isinstance(kind, plgpu.Barrier):
             return _Barriers(kind, groups)
-        return _Ref(np.full(kind.shape, np.nan, kind.dtype), self)
+        return _Ref(np.full(kind.shape, _spoiled(kind.dtype), kind.dtype), self)
 
     def run(self) -> None:
         for thread in self.threads:
@@ -239,7 +244,7 @@ class _Program:
         barrier = _one(barrier)
         if barrier.copy is not None:
             raise KernelError("a second copy is started on a barrier whose first was not waited for")
-        target.array[...] = np.nan
+        target.array[...] = _spoiled(target.dtype)
         barrier.copy = source, target
 
     def copy_smem_to_gmem(self, source: _Ref, target: _Ref) -> None:

@@ -203,7 +203,7 @@ def test_one_early_search_is_the_default() -> None:
         ({"search_steps": (10, 60)}, r"\(10, 60\) must be in 1 .. steps=50"),
         ({"search_steps": (30, 10)}, "increasing"),
         ({"token_order": "z"}, "token_order='z'"),
-        ({"score_precision": "int4"}, "score_precision='int4' must be one of input, int8, fp8"),
+        ({"score_precision": "int4"}, "score_precision='int4' must be one of input, int8, fp8, auto"),
         ({"dense_layers": (-1,)}, "dense_layers"),
         ({"dense_last_steps": 51}, "dense_last_steps=51"),
     ],

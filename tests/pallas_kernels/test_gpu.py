@@ -1,6 +1,7 @@
 """The kernels compiled and run on a GPU: `pytest -m gpu`. The same cases as everywhere, in each dtype they serve."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -138,19 +139,23 @@ def test_programs_of_both_kinds(kernel: str, block: int, implementation) -> None
 
 
 @pytest.mark.parametrize(("block_q", "block_k"), [(64, 64), (128, 64), (128, 128)])
-def test_scores_in_fp8(block_q: int, block_k: int) -> None:
+@pytest.mark.parametrize("precision", ["int8", "fp8"])
+def test_scores_in_8_bits(block_q: int, block_k: int, precision: Any) -> None:
     case = dataclasses.replace(
         FULL, rows=512, keys=640, block_q=block_q, block_k=block_k, dtype="bfloat16", ragged=True
     )
     case = prepare(case, "bfloat16", "mosaic_gpu", "block_sparse_attention")
     x = operands(case)
-    blocks = {"block_q": block_q, "block_k": block_k, "block_valid": x.block_valid, "return_lse": True}
-    run = lambda implementation: block_sparse_attention(
-        x.q, x.k, x.v, x.indices, x.counts, score_precision="fp8", implementation=implementation, **blocks
+    how = {"score_precision": precision, "return_lse": True}
+    blocks = {"block_q": block_q, "block_k": block_k, "block_valid": x.block_valid} | how
+    sparse = lambda implementation: block_sparse_attention(
+        x.q, x.k, x.v, x.indices, x.counts, implementation=implementation, **blocks
     )
-    (out, lse), (expected, expected_lse) = run("mosaic_gpu"), run("reference")
-    np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2)
-    np.testing.assert_allclose(lse, expected_lse, atol=2e-3)  # a GPU's sums of e4m3 products are short of bits
+    dense = lambda implementation: flash_attention(x.q, x.k, x.v, implementation=implementation, **how)
+    for run in (sparse, dense):
+        (out, lse), (expected, expected_lse) = run("mosaic_gpu"), run("reference")
+        np.testing.assert_allclose(out.astype(jnp.float32), expected.astype(jnp.float32), atol=2e-2)
+        np.testing.assert_allclose(lse, expected_lse, atol=2e-3)  # a GPU's sums of e4m3 products are short of bits
 
 
 @pytest.mark.parametrize(("block", "text"), [(64, 190), (128, 200)])

@@ -1,6 +1,7 @@
 """Scores in 8 bits: near the exact ones, whatever all keys have in common, and the same in every implementation."""
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -9,13 +10,21 @@ import numpy as np
 import pytest
 from jax import Array
 
-from pallas_kernels import block_sparse_attention, dispatch, mosaic_tpu
+from pallas_kernels import (
+    block_sparse_attention,
+    dispatch,
+    flash_attention,
+    mosaic_tpu,
+    resolve_score_precision,
+)
 from pallas_kernels.calls import Request, SparseCall
+from pallas_kernels.mosaic_tpu.chip import Chip
 from pallas_kernels.quantized import DTYPES, quantize
 from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, how, in_matrix, operands
 
 NAMES = ("D 128 bfloat16", "ragged length and blocks", "more keys than rows", "block 128", "density 0")
+HOW: dict[str, dict[str, Any]] = {"mosaic_gpu": {"interpret": True}}
 precisions = pytest.mark.parametrize("precision", DTYPES)
 HOPPER = [
     dataclasses.replace(case, dtype=dtype)
@@ -59,12 +68,24 @@ def test_implementations_agree(case: Case, implementation: str, shifted: bool, p
 
 
 @pytest.mark.parametrize("case", [in_matrix(case) for case in HOPPER])
-def test_hopper_agrees(case: Case) -> None:
+@precisions
+def test_hopper_agrees(case: Case, precision: str) -> None:
     x = operands(case)
-    expected = attend(case, x, "reference", score_precision="fp8")
+    expected = attend(case, x, "reference", score_precision=precision)
     with jax.disable_jit():
-        got = attend(case, x, "mosaic_gpu", score_precision="fp8")
+        got = attend(case, x, "mosaic_gpu", score_precision=precision)
     assert_close(got, expected, 2e-2, 2e-5)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@precisions
+def test_dense_attention_agrees(implementation: str, precision: Any) -> None:
+    case = Case("dense", rows=200, keys=256, head_dim=64, dtype="bfloat16", ragged=True)
+    x = operands(case)
+    run = lambda name, **how: flash_attention(
+        x.q, x.k, x.v, block_valid=x.block_valid, score_precision=precision, return_lse=True, implementation=name, **how
+    )
+    assert_close(run(implementation, **HOW.get(implementation, {})), run("reference"), 2e-2, 2e-5)
 
 
 def test_hopper_takes_a_shift_of_the_first_rows_of_q() -> None:
@@ -90,10 +111,23 @@ def test_masked_keys_of_tiny_rows(implementation: str) -> None:
     np.testing.assert_allclose(lse, np.log(10), rtol=1e-5)
 
 
-def test_hopper_has_no_int8() -> None:
+def test_auto_is_what_the_device_multiplies_faster() -> None:
     case = dataclasses.replace(HOPPER[0], dtype="bfloat16")
-    with pytest.raises(NotImplementedError, match=r"score_precision='int8' is for TPUs; a Hopper takes 'fp8'"):
-        attend(case, operands(case), "mosaic_gpu")
+    x = operands(case)
+    for implementation, same in (("xla", "input"), ("mosaic_tpu", "int8"), ("mosaic_gpu", "int8")):
+        with jax.disable_jit(implementation == "mosaic_gpu"):
+            got, expected = (attend(case, x, implementation, score_precision=p) for p in ("auto", same))
+        for a, b in zip(got, expected, strict=True):
+            np.testing.assert_array_equal(np.asarray(a, np.float32), np.asarray(b, np.float32))
+
+
+def test_auto_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    resolve = functools.partial(resolve_score_precision, "auto")
+    assert resolve("xla") == resolve("mosaic_tpu", dtype=jnp.float32) == resolve() == "input"
+    assert resolve("mosaic_gpu") == "int8"
+    assert resolve_score_precision("fp8", "mosaic_gpu") == "fp8"
+    monkeypatch.setattr(mosaic_tpu, "chip", lambda: Chip(7, 1 << 26))
+    assert resolve("mosaic_tpu") == "fp8"
 
 
 @pytest.mark.parametrize("resident", [False, True])
@@ -138,7 +172,7 @@ def test_numbers_that_are_quantised(precision: Any, most: int, near: float) -> N
 
 def test_a_gpu_is_not_left_to_emulate_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    request = Request("block_sparse_attention", jnp.bfloat16, 128, 64, 64, score_precision="int8")
+    request = Request("block_sparse_attention", jnp.float32, 128, 64, 64, score_precision="int8")
     with pytest.raises(NotImplementedError, match=r"score_precision='int8' is for TPUs.*; use 'input'"):
         dispatch.choose(None, request)
 
@@ -146,8 +180,9 @@ def test_a_gpu_is_not_left_to_emulate_them(monkeypatch: pytest.MonkeyPatch) -> N
 def test_what_cannot_be_served_is_refused() -> None:
     case = Case("plain", head_dim=64, dtype="bfloat16")
     x = operands(case)
-    for name in ("triton", "mosaic_gpu"):
-        with pytest.raises(NotImplementedError, match="score_precision='int8' is for TPUs"):
-            attend(case, x, name)
-    with pytest.raises(ValueError, match="score_precision='int4' must be one of input, int8, fp8"):
+    with pytest.raises(NotImplementedError, match="score_precision='int8' is for TPUs and Hopper GPUs"):
+        attend(case, x, "triton")
+    with pytest.raises(NotImplementedError, match="score_precision='fp8' of dense attention is for Hopper GPUs"):
+        flash_attention(x.q, x.k, x.v, score_precision="fp8", implementation="mosaic_tpu", interpret=True)
+    with pytest.raises(ValueError, match="score_precision='int4' must be one of input, int8, fp8, auto"):
         attend(case, x, "xla", score_precision="int4")

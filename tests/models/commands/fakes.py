@@ -76,7 +76,7 @@ class Fakes:
         plan = pipe.plan(embeddings, config, **asked)
         layout = pipe.experts[0].layout(plan.shape[2:], 11, config)
         latents = self.latents(options["dense"], plan.shape)
-        return LatentSample(latents, ((),), layout, config, (), 2.0, 1.0, "xla")
+        return LatentSample(latents, ((),), layout, config, (), 2.0, 1.0, "xla", "input")
 
     def encode(self, wanted: Any) -> dict[str, np.ndarray]:
         self.calls.append(wanted)
