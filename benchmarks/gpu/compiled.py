@@ -22,6 +22,7 @@ os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 import re
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -160,11 +161,20 @@ def call(
     return sparse, [x, shape((1, 2, 8, 4), jnp.uint16), counts, valid]
 
 
+def as_device(arch: str, **axes: int) -> Any:
+    """A context in which Pallas Triton of jax 0.11 and later, which asks what GPU it is for, finds a mesh of `arch`."""
+    device = jax.sharding.AbstractDevice(TARGETS[arch]["name"], TARGETS[arch]["core_count"], "gpu")
+    auto = (jax.sharding.AxisType.Auto,) * len(axes)
+    mesh = jax.sharding.AbstractMesh(tuple(axes.values()), tuple(axes), axis_types=auto, abstract_device=device)
+    return jax.sharding.use_abstract_mesh(mesh)
+
+
 def lower(function: Callable[..., Any], arguments: list[jax.ShapeDtypeStruct], arch: str) -> jax.stages.Lowered:
     """The function lowered for a GPU that is not there."""
     sharding = NamedSharding(Mesh(np.array(devices(arch)), ("x",)), PartitionSpec())
     placed = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding) for x in arguments]
-    return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
+    with as_device(arch, x=1):
+        return jax.jit(function).trace(*placed).lower(lowering_platforms=("cuda",))
 
 
 def _custom_calls(operation: Any) -> Iterator[Any]:
@@ -253,9 +263,17 @@ def _jax_triton(function: Callable[..., Any], arguments: list[Any], arch: str) -
 _COMPILE = {"triton": _pallas_triton, "mosaic_gpu": _mosaic, "jax_triton": _jax_triton}
 
 
+def compiles_triton() -> bool:
+    """Whether XLA's Triton can be had by itself: until jax 0.10. Later ones compile it within a program alone."""
+    from jax._src.lib import triton
+
+    return hasattr(triton, "compile")
+
+
 def served(arch: str) -> list[tuple[Implementation, str]]:
-    """(implementation, kernel) of what there is for an architecture."""
-    every = [(name, kernel) for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches for kernel in KERNELS]
+    """(implementation, kernel) of what there is for an architecture and can be looked at."""
+    names = [name for name, (arches, _) in IMPLEMENTATIONS.items() if arch in arches]
+    every = [(name, kernel) for name in names if name != "triton" or compiles_triton() for kernel in KERNELS]
     return [(name, kernel) for name, kernel in every if name == "mosaic_gpu" or kernel not in IN_8_BITS]
 
 
@@ -263,6 +281,9 @@ def compile_rows(arch: str, few: bool = False) -> list[dict[str, Any]]:
     """One row a default configuration of every implementation that serves `arch`; `few`: bfloat16 at D = 128."""
     use_toolkit()
     rows = []
+    if not compiles_triton():
+        reason = f"jax {jax.__version__} does not compile it by itself, jax 0.10 does"
+        print(f"triton is left out: {reason}", file=sys.stderr)
     for implementation, kernel in served(arch):
         dtypes = IMPLEMENTATIONS[implementation][1]
         for dtype in dtypes[:1] if few else dtypes:

@@ -12,12 +12,12 @@ from pallas_kernels import varying
 from pallas_kernels.mosaic_gpu import interpret as interpreter
 from pallas_kernels.mosaic_gpu.shape import Shape
 
-_LOAD_TAKES_INDEX = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty
+_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
+"""Required by jax 0.10, deprecated by 0.11, gone in 0.12."""
 
 
 def _load(ref: Any, *, layout: Any) -> Array:
-    # jax 0.10 requires an index, later versions deprecate it.
-    index = (None,) if _LOAD_TAKES_INDEX else ()
+    index = (None,) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
     return plgpu.load(ref, *index, layout=layout, optimized=False)
 
 

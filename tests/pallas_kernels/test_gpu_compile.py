@@ -122,7 +122,8 @@ sharded = jax.shard_map(attention, mesh=mesh, in_specs=(spec,) * 4, out_specs=(s
 arguments = [jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec)) for x in shape(2)]
 with jax.enable_x64(True):
     g.lower(attention, shape(2), arch)
-lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
+with g.as_device(arch, data=2, heads=4):
+    lowered = jax.jit(sharded).trace(*arguments).lower(lowering_platforms=("cuda",))
 text = lowered.compile(compiler_options=options).as_text()
 assert "all-gather" not in text and "all-to-all" not in text
 print("compiled")
