@@ -98,7 +98,7 @@ def variants(steps: int) -> dict[str, SparseConfig]:
     adaspa, default = SparseConfig.paper(steps, token_order="cube"), SparseConfig(steps=steps)
     at = lambda *shares: change(default, search_steps=search_steps_at(steps, *shares))
     # What a GPU refuses would end a run over all ways.
-    on_gpu = ("fp8",) if gpu_capability() == "9.0" else ()
+    on_gpu = ("int8", "fp8") if gpu_capability() == "9.0" else ()
     eight = on_gpu if jax.default_backend() == "gpu" else ("int8", "fp8")
     return {
         BASE: adaspa,

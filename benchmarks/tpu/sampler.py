@@ -30,7 +30,7 @@ os.environ.pop("LIBTPU_INIT_ARGS", None)
 
 def compile_sampler(chip: str, layers: tuple[int, int], block_size: int = 64, steps: int = 50) -> dict[str, Any]:
     """Memory of the compiled sampler [GiB] and seconds of its compilation."""
-    config = SparseConfig(block_size=block_size, steps=steps)
+    config = SparseConfig.preset("balanced", block_size=block_size, steps=steps)
     graph, weights = nnx.split(nnx.eval_shape(lambda: create(layers)))
     given = jax.eval_shape(lambda: operands(HunyuanVideoConfig()))
     noise = jax.ShapeDtypeStruct(given.pop("hidden_states").shape, jnp.float32)

@@ -1,6 +1,7 @@
 """What a Hopper kernel asks of the machine, and how it is launched: on a GPU, or in the interpreter."""
 
 import inspect
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,13 +13,15 @@ from pallas_kernels import varying
 from pallas_kernels.mosaic_gpu import interpret as interpreter
 from pallas_kernels.mosaic_gpu.shape import Shape
 
-_INDEX = inspect.signature(plgpu.load).parameters.get("idx")
-"""Required by jax 0.10, deprecated by 0.11, gone in 0.12."""
+
+def index_of(load: Callable[..., Any]) -> tuple[None, ...]:
+    """What `plgpu.load` takes after the array: an index in jax 0.10, which 0.11 deprecates and 0.12 does not have."""
+    index = inspect.signature(load).parameters.get("idx")
+    return (None,) if index is not None and index.default is inspect.Parameter.empty else ()
 
 
 def _load(ref: Any, *, layout: Any) -> Array:
-    index = (None,) if _INDEX is not None and _INDEX.default is inspect.Parameter.empty else ()
-    return plgpu.load(ref, *index, layout=layout, optimized=False)
+    return plgpu.load(ref, *index_of(plgpu.load), layout=layout, optimized=False)
 
 
 def _accumulate(body: Any, start: Array, *others: Array) -> tuple[Array, ...]:

@@ -14,6 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import block_mass, block_sparse_attention, flash_attention, pooled_attention
 from pallas_kernels.mosaic_gpu import interpret as mosaic_interpret
 from pallas_kernels.mosaic_gpu.interpret import KernelError
+from pallas_kernels.mosaic_gpu.machine import index_of
 from tests.kernel_cases import CASES, FULL, GPU_CASES, Case, assert_attention, in_matrix, operands, pooled_operands
 
 HOW: dict[str, Any] = {"implementation": "mosaic_gpu", "interpret": True}
@@ -101,6 +102,12 @@ def test_it_does_not_run_inside_jit() -> None:
     q = jnp.zeros((1, 1, 128, 64), jnp.bfloat16)
     with pytest.raises(NotImplementedError, match=r"outside jax\.jit"):
         jax.jit(lambda q: flash_attention(q, q, q, **HOW))(q)
+
+
+def test_load_is_called_as_every_jax_wants_it() -> None:
+    loads: list[Callable[..., Any]] = [lambda src, idx, *, layout: 0, lambda src, idx=0, *, layout: 0]
+    loads.append(lambda src, *, layout: 0)  # jax 0.10, 0.11, 0.12
+    assert [index_of(load) for load in loads] == [(None,), (), ()]
 
 
 @pytest.mark.parametrize("block", [64, 128])
