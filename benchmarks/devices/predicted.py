@@ -102,7 +102,9 @@ def tpu_layer(name: str) -> Layer:
 
 
 H200 = Layer(330.2, 68.0, 180.0, 43.8)
-"""Measured on one (benchmarks/results/devices-h200x4.json, gpu-h200.json)."""
+"""Measured on one (benchmarks/results/devices-h200x4.json, gpu-h200.json), with the kernels that ran on several."""
+H200_NOW = Layer(239.2, 51.4, 151.0, 43.8)
+"""With those of 2026-11-29, alone (benchmarks/results/gpu-h200-int8.json), scores in bfloat16."""
 V6E, V5P, V7X = map(tpu_layer, ("v6e", "v5p", "v7x"))
 NVLINK = 193.0
 """GB/s that a device sent in the all-to-all measured on four H200; its links have 450 each way."""
@@ -111,6 +113,8 @@ MACHINES = [
     Prediction("2 x H200", H200, 2, 1, NVLINK, measured="devices-h200x2.json"),
     Prediction("4 x H200", H200, 4, 1, NVLINK, measured="devices-h200x4.json"),
     Prediction("8 x H100 or H200, NVLink", H200, 8, 1, NVLINK),
+    Prediction("4 x H200, kernels of 2026-11-29", H200_NOW, 4, 1, NVLINK),
+    Prediction("8 x H200, kernels of 2026-11-29", H200_NOW, 8, 1, NVLINK),
     Prediction("16, two hosts, 50 GB/s each GPU", H200, 8, 2, NVLINK, 50),
     Prediction("v6e-8 (2x4, 90 GB/s a link)", V6E, 8, 1, 2 * 2 * 90 / 4),
     Prediction("v5p-8 (2x2x2, 90 GB/s a link)", V5P, 8, 1, 2 * 4 * 90 / 4),
