@@ -81,8 +81,11 @@ def _run(call: Call, state: SparseState | None, step_kind: Any) -> tuple[Array, 
         return call.dense(call.q)[0], None
     if isinstance(step_kind, int):
         return _BRANCHES[StepKind(step_kind)](call, state)
-    branches = [lambda state, run=run: run(call, state) for run in _BRANCHES.values()]
-    return lax.switch(step_kind, branches, state)
+    # A run with one search has no later one, which would be a third of what is compiled.
+    kinds = [kind for kind in StepKind if kind != StepKind.CACHED_SEARCH or len(call.config.search) > 1]
+    branches = [lambda state, run=_BRANCHES[kind]: run(call, state) for kind in kinds]
+    where = [kinds.index(kind if kind in kinds else StepKind.FUSED_SEARCH) for kind in StepKind]
+    return lax.switch(jnp.asarray(where, jnp.int32)[step_kind], branches, state)
 
 
 def adaspa_attention(
@@ -105,7 +108,8 @@ def adaspa_attention(
       k: like q.
       v: like q.
       state: this layer's state, or None if every step is dense.
-      step_kind: a StepKind; or a traced int32 scalar, then all four kinds are compiled and one runs.
+      step_kind: a StepKind; or a traced int32 scalar, then all kinds that `config` has are compiled and one runs: with
+        one of `search_steps`, or the default, CACHED_SEARCH is not among them, and runs as FUSED_SEARCH.
       layout: the block partition.
       config: sparsity, tiers, cache; its block size must be the layout's.
       block_valid: int32 [B, layout.num_blocks] from `layout.block_valid`, may be traced; None: all text is real.

@@ -23,7 +23,7 @@ from pallas_kernels import (
     unpack_bits,
 )
 
-CONFIG = SparseConfig(sparsity=0.7, block_size=16, compensation="pooled")
+CONFIG = SparseConfig(sparsity=0.7, block_size=16, compensation="pooled", search_steps=(6, 30))
 LAYOUT = CONFIG.layout((5, 6, 9), 20)
 VALID = LAYOUT.block_valid(jnp.array([20, 7]), 2)
 REAL = np.concatenate(

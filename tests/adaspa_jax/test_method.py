@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -239,6 +240,21 @@ def call_of(order: str, text: int, sparsity: float = 0.7, heads: int = 4, rows: 
     q, k, v = (jnp.asarray(rng.standard_normal((2, layout.length, heads, 32)) * 1.5, jnp.float32) for _ in range(3))
     valid = layout.block_valid(jnp.array([text, text // 3]), 2)
     return config, layout, q, k, v, valid, SparseState.create(layout, config, 2, heads)
+
+
+def test_one_search_compiles_no_later_one() -> None:
+    _, layout, q, k, v, valid, _ = call_of("raster", 20)
+
+    def run(config: SparseConfig) -> Any:
+        state = SparseState.create(layout, config, 2, 4)
+        return lambda kind: adaspa_attention(q, k, v, state, kind, layout=layout, config=config, block_valid=valid)[0]
+
+    for searches, branches in (((2,), 3), ((2, 5), 4)):
+        config = SparseConfig(block_size=layout.block, search_steps=searches, token_order="raster", steps=9)
+        switch = [e for e in jax.make_jaxpr(run(config))(jnp.int32(0)).eqns if e.primitive.name == "cond"]
+        assert [len(e.params["branches"]) for e in switch] == [branches]
+    once = run(dataclasses.replace(config, search_steps=(2,)))
+    np.testing.assert_array_equal(*(once(jnp.int32(kind)) for kind in (StepKind.CACHED_SEARCH, StepKind.FUSED_SEARCH)))
 
 
 @pytest.mark.parametrize(("order", "text"), [("raster", 0), ("cube", 20), *in_matrix(("raster", 20), ("cube", 0))])
