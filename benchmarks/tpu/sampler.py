@@ -2,9 +2,9 @@
 
     python -m benchmarks.tpu.sampler [--chip v6e] [--layers 1 2]
 
-HunyuanVideo at 13B sizes with abstract weights, 720p x 129 frames (118,800 video tokens and 256 of text), the
-preset `balanced`, 50 steps, as one jitted function with the TPU kernels inside, on one chip. Layers of a kind are scanned, so few of
-them compile to the same code as all: what grows with them is the weights and the carried state, printed apart.
+HunyuanVideo at 13B sizes with abstract weights, 720p x 129 frames (118,800 video tokens and 256 of text), the preset
+`balanced`, 50 steps, as one jitted function with the TPU kernels inside, on one chip. Layers of a kind are scanned, so
+few of them compile to the same code as all: what grows with them is the weights and the carried state, printed apart.
 """
 
 import os
