@@ -84,8 +84,8 @@ class SparseConfig:
     compensation: Compensation = "pooled"
     """What stands for a dropped block: nothing, or a pooled key and value, calibrated to the mass that was measured."""
     score_precision: ScorePrecision = "input"
-    """What the scores of kept blocks are multiplied in: the dtype of q and k, "int8" on a TPU, "fp8" there and on a
-    Hopper GPU, or "auto", which is the 8 bits that the device multiplies faster, if it does."""
+    """What the scores of kept blocks are multiplied in: the dtype of q and k, "int8" or "fp8" on a TPU or a Hopper GPU,
+    or "auto", which is the 8 bits that the device multiplies faster, if it does."""
     query_block_size: int | None = None
     """Video tokens whose rows share a list of blocks, a power of two of `block_size` or more; None: `block_size`."""
 

@@ -142,8 +142,8 @@ def main(
     score_precision: Annotated[
         str | None,
         typer.Option(
-            help="of kept blocks' scores: input, int8 (TPU v5, v6), fp8 (TPU v7x, Hopper), or auto: 8 bits where the "
-            "device multiplies them faster; default: the preset's"
+            help="of kept blocks' scores: input, int8, fp8, or auto: 8 bits where the device multiplies them faster "
+            "(int8 on Hopper and TPU v5, v6; fp8 on TPU v7x); default: the preset's"
         ),
     ] = None,
     guidance: Annotated[

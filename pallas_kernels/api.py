@@ -8,7 +8,7 @@ implementation cannot serve the call; nothing falls back in silence.
 import dataclasses
 import math
 from types import ModuleType
-from typing import Any, TypeVar, get_args
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -16,10 +16,12 @@ from jax import Array
 
 from pallas_kernels.blocks import block_count
 from pallas_kernels.calls import TAKES_MORE_ROWS, DenseCall, MassCall, PooledCall, ScorePrecision, SparseCall
-from pallas_kernels.dispatch import Implementation, choose, choose_precision
+from pallas_kernels.dispatch import Implementation, check_precision, choose, choose_precision
 from pallas_kernels.whole import check_whole
 
 _Call = TypeVar("_Call", DenseCall, MassCall, PooledCall, SparseCall)
+_LEAST_SCALE = 1e-6
+"""Of scores, in absolute value; below it q is scaled."""
 _DTYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
@@ -53,11 +55,6 @@ def _check_shift(shift: Array | None, q: Array, rows: int) -> None:
         raise ValueError(f"shift must be float32 [B, H, Nq] = {list(shape)}; got {shift.dtype}{list(shift.shape)}")
 
 
-def _check_precision(score_precision: str) -> None:
-    if score_precision not in get_args(ScorePrecision):
-        raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
-
-
 def _served(implementation: Implementation | None, call: _Call) -> tuple[ModuleType, _Call]:
     """The implementation that runs a call, and the call, refused where XLA would gather the operands of a kernel."""
     if call.request.score_precision == "auto":
@@ -81,11 +78,13 @@ def _rows(q: Array, rows: int | None) -> int:
 
 
 def _positive(q: Array, scale: float | None) -> tuple[Array, float]:
-    """(q, scale) of the same scores, the scale above 0: kernels add what masks a key before they scale."""
+    """(q, scale) of the same scores, the scale above 0, and not far: kernels add what masks a key before they scale."""
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"{scale=} must be finite")
-    return (q, scale) if scale > 0 else (-q, -scale) if scale < 0 else (jnp.zeros_like(q), 1.0)
+    if abs(scale) < _LEAST_SCALE:
+        return (q.astype(jnp.float32) * scale).astype(q.dtype), 1.0
+    return (q, scale) if scale > 0 else (-q, -scale)
 
 
 def flash_attention(
@@ -135,7 +134,7 @@ def flash_attention(
         _check_integers("block_valid", block_valid, (k.shape[0], block_valid.shape[1]), "[B, nk]")
         block_k //= block_valid.shape[1]
     _check_shift(shift, q, q.shape[2])
-    _check_precision(score_precision)
+    check_precision(score_precision)
     q, scale = _positive(q, scale)
     call = DenseCall(q, k, v, scale, block_k, block_valid, interpret, shift, score_precision)
     module, call = _served(implementation, call)
@@ -231,8 +230,8 @@ def block_sparse_attention(
       scale: factor on q·k; None: D**-0.5.
       shift: as in `flash_attention`.
       score_precision: "input", or in 8 bits "int8" or "fp8" (e4m3): a scale a row of q and one a head of k, which is
-        taken less its mean. int8 is faster on TPU v5 and v6, fp8 on v7x and Hopper GPUs. "auto": whichever the device
-        multiplies faster than a 16-bit dtype, or "input".
+        taken less its mean. "auto": what the device multiplies faster than a 16-bit dtype, int8 on Hopper GPUs and TPU
+        v5 and v6, fp8 on TPU v7x, elsewhere "input".
       rows: only the first `rows` rows of q attend, and are Nq in all of the above; None: all. Saves Hopper a copy of
         them where they are part of a longer array.
       return_lse: also return the log-sum-exp over the selected keys.
@@ -257,7 +256,7 @@ def block_sparse_attention(
     if block_valid is not None:
         _check_integers("block_valid", block_valid, (k.shape[0], block_count(k.shape[2], block_k)), "[B, nk]")
     _check_shift(shift, q, _rows(q, rows))
-    _check_precision(score_precision)
+    check_precision(score_precision)
     q, scale = _positive(q, scale)
     sizes = scale, block_q, block_k
     call = SparseCall(q, k, v, indices, counts, *sizes, block_valid, interpret, shift, score_precision, rows)

@@ -83,6 +83,12 @@ def choose(implementation: Implementation | None, request: Request) -> tuple[Imp
     raise AssertionError("xla serves every call")
 
 
+def check_precision(score_precision: str) -> None:
+    """Raises ValueError for one that is unknown."""
+    if score_precision not in get_args(ScorePrecision):
+        raise ValueError(f"{score_precision=} must be one of {', '.join(get_args(ScorePrecision))}")
+
+
 def choose_precision(implementation: Implementation | None, request: Request) -> ScorePrecision:
     """The score precision of a request; "auto" is the 8 bits that the device multiplies faster than the dtype, if any.
 
@@ -122,10 +128,15 @@ def resolve_score_precision(
 ) -> ScorePrecision:
     """What "auto" is in block-sparse attention of these shapes on the default platform; others are as they are.
 
-    Raises as `resolve_implementation` does.
+    Raises as `resolve_implementation` does, and for a precision that is unknown or cannot be served.
     """
-    request = _sparse(dtype, head_dim, block_size, query_block_size)
-    return choose_precision(implementation, dataclasses.replace(request, score_precision=score_precision))
+    check_precision(score_precision)
+    request = dataclasses.replace(
+        _sparse(dtype, head_dim, block_size, query_block_size), score_precision=score_precision
+    )
+    found = choose_precision(implementation, request)
+    choose(implementation, dataclasses.replace(request, score_precision=found))
+    return found
 
 
 def _sparse(dtype: Any, head_dim: int, block: int, query_block: int | None) -> Request:

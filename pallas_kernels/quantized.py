@@ -2,8 +2,8 @@
 
 After SageAttention (Zhang et al., arXiv 2410.02367), whose scales of k are by block. Channels of k that are larger than
 others hand half of that, as a logarithm, over to q, after SmoothQuant (Xiao et al., arXiv 2211.10438): on the models
-here errors of scores are a quarter smaller, and bounds of scores, which kernels go by, hardly larger. Probabilities and
-values stay.
+here errors of scores in int8 are a quarter smaller, in fp8 the same, and bounds of scores, which kernels go by, hardly
+larger. Probabilities and values stay.
 """
 
 import dataclasses
@@ -22,8 +22,9 @@ DTYPES = {"int8": jnp.int8, "fp8": jnp.float8_e4m3fn}
 """What each `ScorePrecision` but "input" multiplies."""
 
 
-LEAST = 1e-30
-"""Of a row's scale: below it scores are 0, and what masks a key, added to a score before it is scaled, would be too."""
+LEAST = 1e-8
+"""Of what q · k is multiplied by, natural log: what masks a key is added before that, and must stay below FLOOR after.
+Smaller rows are rounded the more coarsely, by 1e-4 nats at most."""
 
 
 class Quantized(NamedTuple):
@@ -39,10 +40,10 @@ class Quantized(NamedTuple):
     """float32 [B, H, Nq], what the mean of k takes from the scaled scores, natural log."""
 
 
-def _rounded(x: Array, largest: Array, dtype: Any) -> tuple[Array, Array]:
-    """(x as `dtype`, its scale), with which the `largest` number, in absolute value, fills the range."""
+def _rounded(x: Array, largest: Array, dtype: Any, least: float | Array = 0.0) -> tuple[Array, Array]:
+    """(x as `dtype`, its scale, `least` or more): the `largest` number, in absolute value, fills the range, or less."""
     whole = jnp.issubdtype(dtype, jnp.integer)
-    scale = largest / float((jnp.iinfo if whole else jnp.finfo)(dtype).max)
+    scale = jnp.maximum(largest / float((jnp.iinfo if whole else jnp.finfo)(dtype).max), least)
     scale = jnp.where(scale > 0, scale, 1.0)
     return (jnp.round(x / scale) if whole else x / scale).astype(dtype), scale
 
@@ -59,8 +60,8 @@ def quantize(call: DenseCall | SparseCall) -> Quantized:
     root = jnp.sqrt(jnp.abs(k).max(2, keepdims=True))
     k, q = k / jnp.where(root > 0, root, 1.0), q * root
     rounded_k, scale_k = _rounded(k, root.max(3, keepdims=True), dtype)
-    rounded_q, scale_q = _rounded(q, jnp.abs(q).max(3, keepdims=True), dtype)
-    return Quantized(rounded_q, rounded_k, jnp.maximum((scale_q * scale_k)[..., 0], LEAST), offset)
+    rounded_q, scale_q = _rounded(q, jnp.abs(q).max(3, keepdims=True), dtype, LEAST / call.scale / scale_k)
+    return Quantized(rounded_q, rounded_k, (scale_q * scale_k)[..., 0], offset)
 
 
 def in_8_bits(call: Call, run: Callable[[Call, Array], tuple[Array, Array]]) -> tuple[Array, Array]:

@@ -126,8 +126,30 @@ def test_auto_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve("xla") == resolve("mosaic_tpu", dtype=jnp.float32) == resolve() == "input"
     assert resolve("mosaic_gpu") == "int8"
     assert resolve_score_precision("fp8", "mosaic_gpu") == "fp8"
+    with pytest.raises(NotImplementedError, match="score_precision='int8' is for TPUs and Hopper GPUs"):
+        resolve_score_precision("int8", "triton")
+    bogus: Any = "bogus"
+    with pytest.raises(ValueError, match="score_precision='bogus' must be one of input, int8, fp8, auto"):
+        resolve_score_precision(bogus)
     monkeypatch.setattr(mosaic_tpu, "chip", lambda: Chip(7, 1 << 26))
     assert resolve("mosaic_tpu") == "fp8"
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu", "mosaic_tpu"])
+@pytest.mark.parametrize("blocks", [[0, 1], [1, 0], [1, 1]])
+@precisions
+def test_blocks_without_valid_keys_for_tiny_rows(implementation: str, blocks: list[int], precision: str) -> None:
+    """Such a tile is masked as a whole, whatever a row's scale: beside large rows, for which kernels seek a maximum."""
+    case = Case("tiny", rows=64, keys=128, head_dim=128, dtype="bfloat16")
+    x = operands(case)
+    lists = {"indices": jnp.broadcast_to(jnp.array(blocks), (1, 2, 1, 2)), "counts": jnp.full((1, 2, 1), 2)}
+    q = (100 * x.q).at[:, :, ::2].multiply(jnp.bfloat16(1e-7)).at[:, :, 0].set(0)
+    x = dataclasses.replace(x, q=q, block_valid=jnp.array([[61, 0]]), **lists)
+    expected = attend(case, x, "reference", score_precision=precision)
+    assert bool(jnp.isneginf(expected[1]).all()) == (0 not in blocks)
+    with jax.disable_jit(implementation == "mosaic_gpu"):
+        got = attend(case, x, implementation, score_precision=precision)
+    assert_close(got, expected, 2e-2, 1e-3)
 
 
 @pytest.mark.parametrize("resident", [False, True])
