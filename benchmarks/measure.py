@@ -151,33 +151,38 @@ def ours(
     yield from other_lists(tokens, sets, implementation)
 
 
+def over_lists(
+    tokens: int,
+    sets: list[tuple[Array, Array, Array]],
+    block_q: int,
+    block: int,
+    clustered: bool = False,
+    **how: Any,
+) -> dict[str, Any]:
+    """Figures of block-sparse attention at density 0.2; `how`: other options of the kernel."""
+    indices, counts = random_lists(tokens, block, 0.2, block_q, clustered)
+    how |= {"block_q": block_q, "block_k": block, "return_lse": True}
+    work = 4e-12 * HEADS * tokens**2 * HEAD_DIM * indices.shape[3] / math.ceil(tokens / block)
+    return figures(lambda *x: block_sparse_attention(*x, **how), [(*s, indices, counts) for s in sets], work)
+
+
 def in_8_bits(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:
     """Attention with scores in the device's 8 bits, quantisation included: dense, and block-sparse at density 0.2."""
-    work = 4e-12 * HEADS * tokens**2 * HEAD_DIM
     precision = resolve_score_precision("auto", implementation)
-    how: dict[str, Any] = {"score_precision": precision, "implementation": implementation, "return_lse": True}
+    how: dict[str, Any] = {"score_precision": precision, "implementation": implementation}
     case: dict[str, Any] = {"tokens": tokens, "implementation": implementation}
-    dense = lambda q, k, v: flash_attention(q, k, v, **how)
-    yield case | {"kernel": f"dense, {precision} scores"} | figures(dense, sets, work)
-    for block_q, block in ((128, 128), (128, 64), (64, 64)):
-        indices, counts = random_lists(tokens, block, 0.2, block_q)
-        sparse = lambda *x, how=how | {"block_q": block_q, "block_k": block}: block_sparse_attention(*x, **how)
-        name = block if block_q == block else f"{block_q} x {block}"
-        case |= {"kernel": f"block_sparse, {precision} scores", "block": name, "density": 0.2}
-        kept = indices.shape[3] / math.ceil(tokens / block)
-        yield case | figures(sparse, [(*s, indices, counts) for s in sets], work * kept)
+    dense = lambda q, k, v: flash_attention(q, k, v, return_lse=True, **how)
+    yield case | {"kernel": f"dense, {precision} scores"} | figures(dense, sets, 4e-12 * HEADS * tokens**2 * HEAD_DIM)
+    case |= {"kernel": f"block_sparse, {precision} scores", "density": 0.2}
+    for name, block_q, block in ((128, 128, 128), ("128 x 64", 128, 64), (64, 64, 64)):
+        yield case | {"block": name} | over_lists(tokens, sets, block_q, block, **how)
 
 
 def other_lists(tokens: int, sets: list[tuple[Array, Array, Array]], implementation: Any) -> Iterator[dict[str, Any]]:
     """Block-sparse at density 0.2: query blocks of 128 rows over key blocks of 64; lists that neighbours share."""
+    case = {"tokens": tokens, "implementation": implementation, "kernel": "block_sparse", "density": 0.2}
     for name, block_q, clustered in (("128 x 64", 128, False), ("64, clustered", 64, True)):
-        indices, counts = random_lists(tokens, 64, 0.2, block_q, clustered)
-        blocks = {"block_q": block_q, "block_k": 64, "implementation": implementation}
-        sparse = lambda *x, blocks=blocks: block_sparse_attention(*x, return_lse=True, **blocks)
-        work = 4e-12 * HEADS * tokens**2 * HEAD_DIM * indices.shape[3] / math.ceil(tokens / 64)
-        case: dict[str, Any] = {"tokens": tokens, "implementation": implementation, "kernel": "block_sparse"}
-        case |= {"block": name, "density": 0.2}
-        yield case | figures(sparse, [(*s, indices, counts) for s in sets], work)
+        yield case | {"block": name} | over_lists(tokens, sets, block_q, 64, clustered, implementation=implementation)
 
 
 def selection(tokens: int) -> Iterator[dict[str, Any]]:

@@ -64,8 +64,10 @@ def quantize(call: DenseCall | SparseCall) -> Quantized:
     return Quantized(rounded_q, rounded_k, (scale_q * scale_k)[..., 0], offset)
 
 
-def in_8_bits(call: Call, run: Callable[[Call, Array], tuple[Array, Array]]) -> tuple[Array, Array]:
-    """A call by a kernel `run` of quantised q and k and their `row_scale`; the mean of k is put back here."""
+def in_precision(call: Call, run: Callable[[Call, Array | None], tuple[Array, Array]]) -> tuple[Array, Array]:
+    """A call by a kernel `run` of q and k as they are, or quantised, with `row_scale`; k's mean is put back here."""
+    if call.score_precision == "input":
+        return run(call, None)
     z = quantize(call)
     rows = None if call.shift is None else call.shift.shape[2]
     shift = None if call.shift is None else call.shift - z.offset[:, :, :rows]
@@ -76,9 +78,10 @@ def in_8_bits(call: Call, run: Callable[[Call, Array], tuple[Array, Array]]) -> 
 def emulated(call: Call, run: Callable[[Call], tuple[Array, Array]]) -> tuple[Array, Array]:
     """A call with scores in 8 bits by a kernel `run` that knows none, on their values in float32."""
 
-    def plain(call: Call, row_scale: Array) -> tuple[Array, Array]:
+    def plain(call: Call, row_scale: Array | None) -> tuple[Array, Array]:
+        assert row_scale is not None
         q, k, v = (x.astype(jnp.float32) for x in (call.q, call.k, call.v))
         return run(dataclasses.replace(call, q=q * row_scale[..., None], k=k, v=v, score_precision="input"))
 
-    out, lse = in_8_bits(call, plain)
+    out, lse = in_precision(call, plain)
     return out.astype(call.v.dtype), lse

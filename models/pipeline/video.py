@@ -51,7 +51,7 @@ class LatentSample:
     implementation: Implementation
     """The kernels that attention ran on."""
     score_precision: ScorePrecision
-    """What the scores of kept blocks were multiplied in."""
+    """What the scores of kept blocks were multiplied in; "input" in a dense run."""
 
 
 @dataclass(frozen=True)
@@ -232,9 +232,6 @@ class VideoPipeline:
         model, family, size = self.experts[0], self.family, size or self.family.size
         plan = self.plan(embeddings, config, size=size, guidance=guidance, seed=seed)
         start, compile_seconds = initial_noise(plan.shape, seed, noise), 0.0
-        if program is None:
-            program = self.compile(plan, config, dense=dense, keep_mass=keep_mass, implementation=implementation)
-            compile_seconds = program.seconds
         how: dict[str, Any] = {
             "implementation": implementation,
             "dtype": model.dtype,
@@ -242,6 +239,10 @@ class VideoPipeline:
             "block_size": config.block_size,
             "query_block_size": config.query_block,
         }
+        precision = "input" if dense else resolve_score_precision(config.score_precision, **how)
+        if program is None:
+            program = self.compile(plan, config, dense=dense, keep_mass=keep_mass, implementation=implementation)
+            compile_seconds = program.seconds
         begun = time.perf_counter()
         latents, states, histories = program.run(self.experts, plan, start, seed, progress)
         seconds = time.perf_counter() - begun
@@ -261,7 +262,7 @@ class VideoPipeline:
             seconds,
             compile_seconds,
             resolve_implementation(**how),
-            resolve_score_precision(config.score_precision, **how),
+            precision,
         )
 
     def compile(

@@ -11,7 +11,7 @@ from pallas_kernels.mosaic_gpu import pair, single
 from pallas_kernels.mosaic_gpu.machine import launch
 from pallas_kernels.mosaic_gpu.shape import ROWS, Shape, every_tile, tile_bias
 from pallas_kernels.mosaic_gpu.softmax import bounded
-from pallas_kernels.quantized import in_8_bits
+from pallas_kernels.quantized import in_precision
 from pallas_kernels.tuning import MosaicGpuTuning, mosaic_gpu_tuning
 
 
@@ -55,9 +55,7 @@ def _whole(q: Array, rows: int | None, multiple: int) -> tuple[Array, int, int]:
 
 def flash_attention(call: DenseCall, tuning: MosaicGpuTuning | None = None) -> tuple[Array, Array]:
     """Dense attention; see `pallas_kernels.flash_attention`."""
-    if call.score_precision == "input":
-        return _dense(call, tuning)
-    return in_8_bits(call, lambda call, row_scale: _dense(call, tuning, row_scale))
+    return in_precision(call, lambda call, row_scale: _dense(call, tuning, row_scale))
 
 
 def _row_scale(row_scale: Array | None, multiple: int, rows: int) -> dict[str, Array]:
@@ -65,7 +63,7 @@ def _row_scale(row_scale: Array | None, multiple: int, rows: int) -> dict[str, A
     return {} if row_scale is None else {"row_scale": merge_heads(pad_tokens(row_scale, multiple))[:, :rows]}
 
 
-def _dense(call: DenseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None = None) -> tuple[Array, Array]:
+def _dense(call: DenseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None) -> tuple[Array, Array]:
     """Of q and k as they are, or in 8 bits with `row_scale`."""
     (batch, _, rows, dim), keys = call.q.shape, call.k.shape[2]
     tuning = tuning or mosaic_gpu_tuning("dense", dim)
@@ -81,14 +79,10 @@ def _dense(call: DenseCall, tuning: MosaicGpuTuning | None, row_scale: Array | N
 
 def block_sparse_attention(call: SparseCall, tuning: MosaicGpuTuning | None = None) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    if call.score_precision == "input":
-        return _over_lists(call, tuning)
-    return in_8_bits(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
+    return in_precision(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
 
 
-def _over_lists(
-    call: SparseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None = None
-) -> tuple[Array, Array]:
+def _over_lists(call: SparseCall, tuning: MosaicGpuTuning | None, row_scale: Array | None) -> tuple[Array, Array]:
     """Of q and k as they are, or in 8 bits with `row_scale`."""
     (batch, _, _, dim), keys, kmax = call.q.shape, call.k.shape[2], call.indices.shape[3]
     block_q, block_k = call.block_q, call.block_k

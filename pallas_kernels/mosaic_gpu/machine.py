@@ -20,8 +20,11 @@ def index_of(load: Callable[..., Any]) -> tuple[None, ...]:
     return (None,) if index is not None and index.default is inspect.Parameter.empty else ()
 
 
+_INDEX = index_of(plgpu.load)
+
+
 def _load(ref: Any, *, layout: Any) -> Array:
-    return plgpu.load(ref, *index_of(plgpu.load), layout=layout, optimized=False)
+    return plgpu.load(ref, *_INDEX, layout=layout, optimized=False)
 
 
 def _accumulate(body: Any, start: Array, *others: Array) -> tuple[Array, ...]:

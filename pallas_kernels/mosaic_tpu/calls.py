@@ -14,7 +14,7 @@ from pallas_kernels.calls import DenseCall, PooledCall, SparseCall
 from pallas_kernels.mosaic_tpu.attention import attention, packed, resident_bytes
 from pallas_kernels.mosaic_tpu.chip import chip
 from pallas_kernels.mosaic_tpu.lists import tables, tile_bias
-from pallas_kernels.quantized import in_8_bits
+from pallas_kernels.quantized import in_precision
 from pallas_kernels.tuning import TpuAttentionTuning, tpu_attention_tuning, tpu_pooled_tuning
 
 PROGRAM_ROWS = 1024
@@ -129,14 +129,10 @@ def flash_attention(call: DenseCall, tuning: TpuAttentionTuning | None = None) -
 
 def block_sparse_attention(call: SparseCall, tuning: TpuAttentionTuning | None = None) -> tuple[Array, Array]:
     """Attention over selected key blocks; see `pallas_kernels.block_sparse_attention`."""
-    if call.score_precision == "input":
-        return _over_lists(call, tuning)
-    return in_8_bits(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
+    return in_precision(call, lambda call, row_scale: _over_lists(call, tuning, row_scale))
 
 
-def _over_lists(
-    call: SparseCall, tuning: TpuAttentionTuning | None, row_scale: Array | None = None
-) -> tuple[Array, Array]:
+def _over_lists(call: SparseCall, tuning: TpuAttentionTuning | None, row_scale: Array | None) -> tuple[Array, Array]:
     """Of q and k as they are, or in 8 bits with `row_scale`."""
     batch, keys, kmax, tile = call.q.shape[0], call.k.shape[2], call.indices.shape[3], call.block_k
     tuning = tuning or tpu_attention_tuning(tile, kmax, call.v.dtype, chip().generation)

@@ -24,7 +24,6 @@ from pallas_kernels.tuning import TpuAttentionTuning
 from tests.kernel_cases import CASES, Case, how, in_matrix, operands
 
 NAMES = ("D 128 bfloat16", "ragged length and blocks", "more keys than rows", "block 128", "density 0")
-HOW: dict[str, dict[str, Any]] = {"mosaic_gpu": {"interpret": True}}
 precisions = pytest.mark.parametrize("precision", DTYPES)
 HOPPER = [
     dataclasses.replace(case, dtype=dtype)
@@ -82,10 +81,9 @@ def test_hopper_agrees(case: Case, precision: str) -> None:
 def test_dense_attention_agrees(implementation: str, precision: Any) -> None:
     case = Case("dense", rows=200, keys=256, head_dim=64, dtype="bfloat16", ragged=True)
     x = operands(case)
-    run = lambda name, **how: flash_attention(
-        x.q, x.k, x.v, block_valid=x.block_valid, score_precision=precision, return_lse=True, implementation=name, **how
-    )
-    assert_close(run(implementation, **HOW.get(implementation, {})), run("reference"), 2e-2, 2e-5)
+    options: dict[str, Any] = {"block_valid": x.block_valid, "score_precision": precision, "return_lse": True}
+    run = lambda name: flash_attention(x.q, x.k, x.v, **options, **how(name))
+    assert_close(run(implementation), run("reference"), 2e-2, 2e-5)
 
 
 def test_hopper_takes_a_shift_of_the_first_rows_of_q() -> None:

@@ -1,5 +1,6 @@
 """Whole tiny pipelines against diffusers': scheduler, guidance, model, 8 steps from the same noise."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from adaspa_jax import SparseConfig, StepKind
+from models.pipeline import video
 from models.pipeline.embeddings import Embeddings
 from models.pipeline.families import VideoSize
 from models.pipeline.guidance import Guidance
@@ -211,6 +213,19 @@ def tiny_wan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     transformer = reference(diffusers.WanTransformer3DModel, test_wan.SMALL)
     save(folder, diffusers.WanPipeline(None, None, None, unipc(), transformer))
     return folder
+
+
+def test_what_cannot_be_served_is_found_before_the_run(tiny_wan: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*given: Any, **options: Any) -> None:
+        raise NotImplementedError("int8 is not served here")
+
+    monkeypatch.setattr(video, "resolve_score_precision", refuse)
+    pipeline, config = VideoPipeline.load(tiny_wan), dataclasses.replace(CONFIG, score_precision="int8")
+    dense = pipeline.sample(embeddings_of(11, 24), config, size=SIZE, dense=True)
+    assert dense.score_precision == "input"
+    monkeypatch.setattr(VideoPipeline, "compile", lambda *given, **options: pytest.fail("it is compiled first"))
+    with pytest.raises(NotImplementedError, match="int8 is not served here"):
+        pipeline.sample(embeddings_of(11, 24), config, size=SIZE)
 
 
 @pytest.mark.parametrize("case", BAD)
